@@ -1,0 +1,46 @@
+"""The few errors a person can act on.
+
+    FieldfitError
+    ├── RecipeError   the recipe file says something it must not
+    ├── DataError     images or labels are missing, unreadable or contradictory
+    ├── ExportError   a graph could not be made, or does not match its checkpoint
+    ├── GateError     an artifact was judged and refused
+    ├── BundleError   a bundle is not, byte for byte, what its manifest says
+    ├── EngineError   no engine can run the bundle here, or it answered wrongly
+    └── UpdateError   an update could not be fetched, trusted or activated
+
+Each message says what was expected, what came, and the way out. Only the ``__main__`` modules
+catch them: one line on stderr, exit code 1. Anything else is a bug and keeps its traceback.
+"""
+
+
+class FieldfitError(Exception):
+    """Base of every error that a user can act on."""
+
+
+class RecipeError(FieldfitError):
+    """The recipe file says something it must not."""
+
+
+class DataError(FieldfitError):
+    """Images or labels are missing, unreadable or contradictory."""
+
+
+class ExportError(FieldfitError):
+    """A graph could not be made, or does not match its checkpoint."""
+
+
+class GateError(FieldfitError):
+    """An artifact was judged and refused."""
+
+
+class BundleError(FieldfitError):
+    """A bundle is not, byte for byte, what its manifest says."""
+
+
+class EngineError(FieldfitError):
+    """No engine can run the bundle here, or it answered wrongly."""
+
+
+class UpdateError(FieldfitError):
+    """An update could not be fetched, trusted or activated."""

@@ -1,0 +1,149 @@
+"""What a bundle says about itself: labels, input, files with digests, measured quality.
+
+The manifest's bytes are canonical, one encoding for one content, and end in a digest of
+themselves, so that any changed byte is noticed before a field of it is believed.
+"""
+
+import hashlib
+from typing import Annotated, Literal
+
+import msgspec
+
+from runtime.errors import BundleError
+from runtime.preprocess import InputSpec
+
+FORMAT = 1
+"""Manifests of a newer format are refused: this fieldfit would not understand them."""
+
+MAX_MANIFEST_BYTES = 1024 * 1024
+MAX_FILE_BYTES = 2 * 1024 * 1024 * 1024
+MAX_FILES = 64
+
+FileName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
+Form = Literal["fp32", "fp16", "int8", "int8-cpu"]
+
+
+class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One file of the bundle; ``size`` in bytes."""
+
+    name: FileName
+    sha256: Sha256
+    size: Annotated[int, msgspec.Meta(ge=0, le=MAX_FILE_BYTES)]
+
+
+class Quality(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What the gate measured on held-out field images, against the checkpoint.
+
+    Shares are in [0, 1]. None stands for "not measurable", e.g. accuracy without labels.
+    """
+
+    samples: int
+    labelled: int
+    agreement: float
+    sqnr_db: float
+    """Of the logits against the checkpoint's; capped at 200."""
+    accuracy: float | None = None
+    accuracy_drop_interval: tuple[float, float] | None = None
+    """95 % paired bootstrap interval of the accuracy lost against the checkpoint."""
+    balanced_accuracy: float | None = None
+    worst_recall: float | None = None
+    auc: float | None = None
+
+
+class Artifact(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One form of the model that passed the gate."""
+
+    form: Form
+    file: FileName
+    quality: Quality
+    relative_speed: float | None = None
+    """Images per second over fp32's, onnxruntime CPU, one thread, where it was built."""
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The contract between export and every device."""
+
+    format: int
+    name: str
+    version: str
+    labels: tuple[str, ...]
+    """In the order of the logits."""
+    input: InputSpec
+    artifacts: tuple[Artifact, ...]
+    files: tuple[FileEntry, ...]
+    """Every file of the bundle but the manifest itself."""
+    golden: FileName
+    """The file of golden samples: ``images`` uint8 [N, H, W, C] and ``logits.FORM`` [N, K]."""
+    temperature: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    """Divides the logits before softmax."""
+    abstain_below: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
+    """Answers with a lower score are marked as abstained."""
+    minimum_runtime: str = "0.1.0"
+    required_provider: str | None = None
+    """An engine that must be used; any other is an error."""
+    recipe_sha256: Sha256
+    checkpoint_sha256: Sha256
+    digest: str = ""
+    """SHA-256 of this manifest with an empty digest; always the last field."""
+
+    def artifact(self, form: str) -> Artifact | None:
+        """The artifact of this form, or None if the bundle has none."""
+        return next((a for a in self.artifacts if a.form == form), None)
+
+
+def encode(manifest: Manifest) -> bytes:
+    """The canonical bytes of ``manifest``, with its digest filled in."""
+    bare = msgspec.structs.replace(manifest, digest="")
+    digest = hashlib.sha256(_canonical(bare)).hexdigest()
+    return _canonical(msgspec.structs.replace(bare, digest=digest))
+
+
+def decode(data: bytes) -> Manifest:
+    """The manifest in ``data``.
+
+    Raises BundleError if it is too large, of a newer format, not such a manifest, or changed.
+    """
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise BundleError(f"manifest: {len(data):,} bytes, the limit is {MAX_MANIFEST_BYTES:,}")
+    try:
+        head = msgspec.json.decode(data, type=_FormatOnly)
+    except msgspec.DecodeError as error:
+        raise BundleError(f"manifest: damaged: {error}; copy the bundle again") from error
+    if head.format > FORMAT:
+        raise BundleError(
+            f"manifest: format {head.format} is newer than {FORMAT}, the newest that this fieldfit "
+            "reads; update fieldfit on this device"
+        )
+    try:
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except msgspec.DecodeError as error:
+        raise BundleError(f"manifest: {error}; copy the bundle again") from error
+    if encode(manifest) != data:
+        raise BundleError("manifest: changed since export (its digest differs); copy it again")
+    return _checked(manifest)
+
+
+class _FormatOnly(msgspec.Struct):
+    format: int
+
+
+def _canonical(manifest: Manifest) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
+
+
+def _checked(manifest: Manifest) -> Manifest:
+    """What the types cannot say."""
+    names = [entry.name for entry in manifest.files]
+    if len(names) > MAX_FILES or len(set(names)) != len(names) or "manifest.json" in names:
+        raise BundleError(f"manifest: expected at most {MAX_FILES} files of different names")
+    forms = [artifact.form for artifact in manifest.artifacts]
+    if "fp32" not in forms or len(set(forms)) != len(forms):
+        raise BundleError(f"manifest: expected fp32 and each form once, got {', '.join(forms)}")
+    missing = {a.file for a in manifest.artifacts} | {manifest.golden}
+    missing -= set(names)
+    if missing:
+        raise BundleError(f"manifest: names {', '.join(sorted(missing))} but does not list it")
+    if len(manifest.labels) < 2 or len(set(manifest.labels)) != len(manifest.labels):
+        raise BundleError("manifest: expected two or more different labels")
+    return manifest

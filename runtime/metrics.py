@@ -1,0 +1,152 @@
+"""Plain measures on arrays, the same in every room: no model, no file, no framework.
+
+Labels are integer class indices, ``-1`` where the label is unknown; unknown ones never count.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.floating]
+Ints = npt.NDArray[np.integer]
+
+
+def softmax(logits: Floats, *, temperature: float = 1.0) -> npt.NDArray[np.float64]:
+    """Probabilities ``[N, K]`` of logits ``[N, K]``, divided by ``temperature`` first."""
+    scaled = np.asarray(logits, dtype=np.float64) / temperature
+    scaled -= scaled.max(axis=-1, keepdims=True)
+    exponent = np.exp(scaled)
+    return np.asarray(exponent / exponent.sum(axis=-1, keepdims=True))
+
+
+def accuracy(predicted: Ints, labels: Ints) -> float:
+    """Share of known labels that were predicted; NaN if none is known."""
+    known = labels >= 0
+    return float(np.mean(predicted[known] == labels[known])) if known.any() else float("nan")
+
+
+def recalls(predicted: Ints, labels: Ints, classes: int) -> npt.NDArray[np.float64]:
+    """Recall of each class ``[K]``; NaN for a class that no label names."""
+    result = np.full(classes, np.nan)
+    for index in range(classes):
+        members = labels == index
+        if members.any():
+            result[index] = np.mean(predicted[members] == index)
+    return result
+
+
+def balanced_accuracy(predicted: Ints, labels: Ints, classes: int) -> float:
+    """Mean recall over the classes that occur; NaN if no label is known."""
+    values = recalls(predicted, labels, classes)
+    return float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")
+
+
+def worst_recall(predicted: Ints, labels: Ints, classes: int) -> float:
+    """Smallest recall over the classes that occur; NaN if no label is known."""
+    values = recalls(predicted, labels, classes)
+    return float(np.nanmin(values)) if not np.isnan(values).all() else float("nan")
+
+
+def auc(scores: Floats, positive: npt.NDArray[np.bool_]) -> float:
+    """Area under the ROC curve by the rank-sum statistic, ties counted half.
+
+    NaN if only one side occurs. (Mann and Whitney 1947; Hanley and McNeil 1982.)
+    """
+    positives = int(positive.sum())
+    negatives = positive.size - positives
+    if positives == 0 or negatives == 0:
+        return float("nan")
+    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    ranks = (last - (counts - 1) / 2.0)[inverse]
+    rank_sum = float(ranks[positive].sum())
+    return (rank_sum - positives * (positives + 1) / 2.0) / (positives * negatives)
+
+
+def macro_auc(probabilities: Floats, labels: Ints) -> float:
+    """AUC of the last class for two classes, mean of one-against-rest AUCs for more."""
+    known = labels >= 0
+    probabilities, labels = probabilities[known], labels[known]
+    classes = probabilities.shape[1]
+    if classes == 2:
+        return auc(probabilities[:, 1], labels == 1)
+    values = np.array([auc(probabilities[:, k], labels == k) for k in range(classes)])
+    return float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")
+
+
+def agreement(one: Floats, other: Floats) -> float:
+    """Share of rows in which two models' logits ``[N, K]`` name the same class."""
+    return float(np.mean(one.argmax(axis=1) == other.argmax(axis=1)))
+
+
+def sqnr_db(reference: Floats, other: Floats) -> float:
+    """Signal-to-quantization-noise ratio of ``other`` against ``reference``, in decibels.
+
+    ``10 log10(sum(reference²) / sum((reference - other)²))``; infinite for equal arrays.
+    Logits are centred per row first: a constant added to all classes changes no answer.
+    """
+    signal = np.asarray(reference, dtype=np.float64)
+    signal = signal - signal.mean(axis=-1, keepdims=True)
+    quantized = np.asarray(other, dtype=np.float64)
+    quantized = quantized - quantized.mean(axis=-1, keepdims=True)
+    noise = float(np.sum((signal - quantized) ** 2))
+    power = float(np.sum(signal**2))
+    if noise == 0.0:
+        return float("inf")
+    return float(10.0 * np.log10(power / noise)) if power > 0.0 else float("-inf")
+
+
+def paired_bootstrap(
+    before: npt.NDArray[np.bool_],
+    after: npt.NDArray[np.bool_],
+    *,
+    rounds: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Two-sided percentile interval of ``mean(after) - mean(before)`` on the same samples.
+
+    ``before`` and ``after`` say for each sample ``[N]`` whether the answer was right. Pairing
+    removes the variation that both share. (Efron and Tibshirani 1993, chapter 13.)
+    """
+    difference = after.astype(np.float64) - before.astype(np.float64)
+    if difference.size == 0:
+        return float("nan"), float("nan")
+    random = np.random.default_rng(seed)
+    draws = random.integers(0, difference.size, size=(rounds, difference.size))
+    means = difference[draws].mean(axis=1)
+    tail = (1.0 - confidence) / 2.0
+    low, high = np.quantile(means, [tail, 1.0 - tail])
+    return float(low), float(high)
+
+
+def fit_temperature(logits: Floats, labels: Ints) -> float:
+    """The temperature in [0.05, 20] that minimises the negative log-likelihood.
+
+    Golden-section search over its logarithm; the loss is unimodal in it. (Guo et al. 2017.)
+    Returns 1.0 if no label is known.
+    """
+    known = labels >= 0
+    if not known.any():
+        return 1.0
+    logits, labels = logits[known], labels[known]
+
+    def loss(log_temperature: float) -> float:
+        probabilities = softmax(logits, temperature=float(np.exp(log_temperature)))
+        picked = probabilities[np.arange(len(labels)), labels]
+        return float(-np.mean(np.log(np.maximum(picked, 1e-12))))
+
+    low, high = np.log(0.05), np.log(20.0)
+    ratio = (np.sqrt(5.0) - 1.0) / 2.0
+    for _ in range(60):
+        left, right = high - ratio * (high - low), low + ratio * (high - low)
+        if loss(left) <= loss(right):
+            high = right
+        else:
+            low = left
+    return float(np.exp((low + high) / 2.0))
+
+
+def percentiles_ms(seconds: Floats) -> dict[str, float]:
+    """Latency percentiles in milliseconds: p50, p90, p99 and the maximum."""
+    p50, p90, p99, top = np.percentile(np.asarray(seconds) * 1e3, [50, 90, 99, 100])
+    return {"p50": float(p50), "p90": float(p90), "p99": float(p99), "max": float(top)}

@@ -1,0 +1,251 @@
+"""Pixels in, model input out: the one definition that every room and the device share.
+
+It does not know the model. Normalisation is inside the exported graph, so what this module returns
+is the raw uint8 picture that the graph takes.
+
+**Image policy**, in this order:
+
+1. The first frame of a multi-frame file; EXIF orientation applied.
+2. Sixteen-bit gray is mapped linearly from ``window`` (default 0..65535) to 0..255 and rounded,
+   never stretched by an image's own minimum and maximum: a dark image stays dark.
+3. Palette, 1-bit, CMYK, YCbCr and Lab become RGB or gray; transparency is composited on black.
+4. ``channels = 1`` takes ITU-R 601 luma, ``channels = 3`` repeats gray.
+5. Resize with Pillow's antialiased filters. It stays outside the graph because TensorRT has no
+   antialiased Resize, and a different resize on the device is the commonest way to lose accuracy.
+"""
+
+import enum
+import io
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from runtime.errors import DataError
+
+UInt8 = npt.NDArray[np.uint8]
+ImageLike = str | Path | bytes | Image.Image | npt.NDArray[Any]
+
+MAX_PIXELS = 100_000_000
+"""Pictures above this many pixels are refused from their header, before any memory is taken."""
+
+MAX_FILE_BYTES = 512 * 1024 * 1024
+"""Encoded files above this size are refused before they are read."""
+
+
+class Resize(str, enum.Enum):
+    """How a picture is brought to the model's size (timm's crop modes)."""
+
+    SQUASH = "squash"
+    """Stretch the whole picture; nothing is lost, the aspect ratio may change."""
+    CENTER = "center"
+    """Scale the shorter side to fit, cut the middle out."""
+    BORDER = "border"
+    """Scale the longer side to fit, pad with mid-gray (the level ``mean``)."""
+
+
+class Interpolation(str, enum.Enum):
+    """Pillow's resampling filter, antialiased when shrinking."""
+
+    BILINEAR = "bilinear"
+    BICUBIC = "bicubic"
+    BOX = "box"
+    LANCZOS = "lanczos"
+
+
+Side = Annotated[int, msgspec.Meta(ge=16, le=4096)]
+Level = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+
+
+class InputSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What the model sees, from the recipe's ``[input]`` table; travels unchanged to the device.
+
+    ``mean`` is one whole 8-bit level for all channels. The graph computes ``(byte - mean) / std``,
+    so the raw byte already *is* the quantized value (scale ``1/std``, zero point ``mean``) and
+    INT8 engines need no Quantize node at their input.
+    """
+
+    size: tuple[Side, Side] = (224, 224)
+    """Height and width in pixels."""
+    channels: Annotated[int, msgspec.Meta(ge=1, le=3)] = 3
+    """1 for gray sensors, 3 for RGB."""
+    resize: Resize = Resize.SQUASH
+    interpolation: Interpolation = Interpolation.BILINEAR
+    mean: Annotated[int, msgspec.Meta(ge=0, le=255)] = 128
+    """Subtracted from every byte, in 8-bit levels."""
+    std: Annotated[float, msgspec.Meta(gt=0, le=255)] = 128.0
+    """Divides the result, in 8-bit levels."""
+    window: tuple[Level, Level] = (0, 65535)
+    """Levels of a 16-bit image that become 0 and 255."""
+
+    def __post_init__(self) -> None:
+        if self.channels == 2:
+            raise ValueError("channels must be 1 (gray) or 3 (RGB), got 2")
+        if self.window[0] >= self.window[1]:
+            low, high = self.window
+            raise ValueError(f"window must be [low, high] with low < high, got [{low}, {high}]")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of one preprocessed picture."""
+        return (*self.size, self.channels)
+
+
+def preprocess(image: ImageLike, spec: InputSpec) -> UInt8:
+    """Return ``image`` as the uint8 ``[H, W, C]`` array that the model takes.
+
+    ``image`` is a path, encoded bytes, a PIL image, or an array: uint8 or uint16, ``[H, W]``,
+    ``[H, W, 1]``, ``[H, W, 3]`` in RGB order or ``[H, W, 4]`` in RGBA order.
+
+    Raises DataError, naming the file, if it cannot be read or is not such a picture.
+    """
+    picture = decode(image, window=spec.window)
+    picture = _to_channels(picture, spec.channels)
+    picture = _to_size(picture, spec)
+    array = np.asarray(picture, dtype=np.uint8)
+    return array.reshape(spec.shape)
+
+
+def preprocess_batch(images: list[ImageLike], spec: InputSpec) -> UInt8:
+    """Return ``images`` as one uint8 ``[N, H, W, C]`` array."""
+    batch = np.empty((len(images), *spec.shape), dtype=np.uint8)
+    for row, image in zip(batch, images, strict=True):
+        row[:] = preprocess(image, spec)
+    return batch
+
+
+def decode(image: ImageLike, *, window: tuple[int, int] = (0, 65535)) -> Image.Image:
+    """Return ``image`` as an upright 8-bit PIL image of mode ``L`` or ``RGB``.
+
+    Raises DataError for anything that is not a readable picture of at most MAX_PIXELS.
+    """
+    if isinstance(image, np.ndarray):
+        return _flatten(_from_array(image, window), window, "array")
+    if isinstance(image, Image.Image):
+        return _read(image, window, "PIL image")
+    if isinstance(image, bytes):
+        if not image:
+            raise DataError("expected an encoded image, got 0 bytes")
+        return _open(io.BytesIO(image), window, f"{len(image):,} bytes")
+    if isinstance(image, str | Path):
+        path = Path(image)
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+        if not path.is_file():
+            raise DataError(f"{path}: expected an image file, got a folder or device")
+        if size == 0:
+            raise DataError(f"{path}: expected an image, got an empty file")
+        if size > MAX_FILE_BYTES:
+            raise DataError(f"{path}: {size:,} bytes, more than the limit of {MAX_FILE_BYTES:,}")
+        return _open(path, window, str(path))
+    raise DataError(
+        f"expected a path, bytes, PIL image or array, got {type(image).__name__}; "
+        "pass a list of those for several images"
+    )
+
+
+def _open(source: Path | io.BytesIO, window: tuple[int, int], name: str) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            # Our own limit below is stricter than Pillow's warning.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(source) as picture:
+                return _read(picture, window, name)
+    except UnidentifiedImageError as error:
+        raise DataError(f"{name}: not an image that Pillow can read") from error
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{name}: too many pixels, the limit is {MAX_PIXELS:,}") from error
+    except OSError as error:
+        raise DataError(f"{name}: cannot be decoded: {error}") from error
+
+
+def _read(picture: Image.Image, window: tuple[int, int], name: str) -> Image.Image:
+    width, height = picture.size
+    if width * height > MAX_PIXELS:
+        raise DataError(f"{name}: {width}x{height} pixels, more than the limit of {MAX_PIXELS:,}")
+    if width * height == 0:
+        raise DataError(f"{name}: expected a picture, got {width}x{height} pixels")
+    try:
+        picture.load()
+        # Decoders raise many types for damaged files; all mean "this picture is broken".
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
+        raise DataError(f"{name}: cannot be decoded: {error}") from error
+    try:
+        upright = ImageOps.exif_transpose(picture)
+    except Exception:  # a damaged EXIF block must not cost a good picture
+        upright = picture
+    return _flatten(upright, window, name)
+
+
+def _flatten(picture: Image.Image, window: tuple[int, int], name: str) -> Image.Image:
+    """Any Pillow mode to ``L`` or ``RGB``."""
+    mode = picture.mode
+    if mode in ("L", "RGB"):
+        return picture
+    if mode == "1":
+        return picture.convert("L")
+    if mode.startswith("I"):  # I;16 and friends, and I, which Pillow uses for some 16-bit PNGs
+        return _window(np.asarray(picture), window)
+    if mode == "F":
+        raise DataError(
+            f"{name}: expected 8- or 16-bit pixels, got floating point; save it as 16-bit PNG"
+        )
+    if mode in ("LA", "La"):
+        return _on_black(picture.convert("LA"), "L")
+    if mode in ("RGBA", "RGBa", "PA") or "transparency" in picture.info:
+        return _on_black(picture.convert("RGBA"), "RGB")
+    return picture.convert("RGB")  # P, CMYK, YCbCr, LAB, HSV, RGBX
+
+
+def _on_black(picture: Image.Image, mode: str) -> Image.Image:
+    black = Image.new(mode, picture.size)
+    black.paste(picture.convert(mode), mask=picture.getchannel("A"))
+    return black
+
+
+def _window(levels: npt.NDArray[Any], window: tuple[int, int]) -> Image.Image:
+    low, high = window
+    scaled = (levels.astype(np.float32) - low) * (255.0 / (high - low))
+    return Image.fromarray(np.rint(np.clip(scaled, 0, 255)).astype(np.uint8))
+
+
+def _from_array(array: npt.NDArray[Any], window: tuple[int, int]) -> Image.Image:
+    if array.dtype not in (np.uint8, np.uint16):
+        raise DataError(f"expected an array of uint8 or uint16 levels, got {array.dtype}")
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))) or 0 in array.shape:
+        shape = list(array.shape)
+        raise DataError(f"expected an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], got {shape}")
+    if array.shape[0] * array.shape[1] > MAX_PIXELS:
+        raise DataError(f"array {list(array.shape)} has more than {MAX_PIXELS:,} pixels")
+    if array.dtype == np.uint16:
+        if array.ndim == 2:
+            return _window(array, window)
+        planes = [_window(array[:, :, index], window) for index in range(array.shape[2])]
+        return Image.merge("RGB" if len(planes) == 3 else "RGBA", planes)
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _to_channels(picture: Image.Image, channels: int) -> Image.Image:
+    mode = "L" if channels == 1 else "RGB"
+    return picture if picture.mode == mode else picture.convert(mode)
+
+
+def _to_size(picture: Image.Image, spec: InputSpec) -> Image.Image:
+    height, width = spec.size
+    if picture.size == (width, height):
+        return picture
+    method = Image.Resampling[spec.interpolation.name]
+    if spec.resize is Resize.SQUASH:
+        return picture.resize((width, height), method)
+    if spec.resize is Resize.CENTER:
+        return ImageOps.fit(picture, (width, height), method)
+    level = spec.mean if spec.channels == 1 else (spec.mean,) * 3
+    return ImageOps.pad(picture, (width, height), method, color=level)

@@ -1,0 +1,227 @@
+"""The recipe: one TOML file, one complete configuration, checked whole before anything runs.
+
+It lives on the ground floor because train, calibration and export each read their table of it and
+may not import one another. It is strict: an unknown key, a wrong type or a value out of range is
+an error that names the file, the table and the key, and guesses what was meant.
+"""
+
+import difflib
+import hashlib
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import msgspec
+
+from runtime.errors import RecipeError
+from runtime.preprocess import InputSpec
+
+Share = Annotated[float, msgspec.Meta(gt=0, lt=1)]
+Rate = Annotated[float, msgspec.Meta(gt=0, le=1)]
+Budget = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Count = Annotated[int, msgspec.Meta(ge=1)]
+Strategy = Literal["feature-extraction", "fine-tuning"]
+Metric = Literal["auc", "balanced-accuracy", "accuracy"]
+Augmentation = Literal["flip-horizontal", "flip-vertical", "rotate-90"]
+ReleaseForm = Literal["fp16", "int8", "int8-cpu"]
+
+
+class Splits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Shares of each domain; together they make 1."""
+
+    train: Share = 0.65
+    validation: Share = 0.10
+    test: Share = 0.25
+
+    def __post_init__(self) -> None:
+        total = self.train + self.validation + self.test
+        if abs(total - 1.0) > 1e-6:
+            raise ValueError(f"train + validation + test must be 1, got {total:g}")
+
+
+class DataSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """``[data]``: where the images are."""
+
+    source: str
+    """The curated domain: a folder of class folders, a CSV file, or ``elpv[:mono|:poly]``."""
+    target: str | None = None
+    """The field domain, in the same forms. Without one, the source is the field."""
+    splits: Splits = Splits()
+    limit: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Use at most this many images of each domain, stratified; 0 uses all."""
+
+
+class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """``[model]``: the network and the weights it starts from."""
+
+    architecture: str = "efficientnet_lite0"
+    """Any timm model name."""
+    weights: str = "embedded"
+    """``embedded`` (EfficientNet-Lite0, ImageNet), ``pretrained`` (timm downloads them),
+    ``random``, or the path of a ``.safetensors`` or torch state-dict file."""
+
+
+class TrainSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """``[train]``: how the model is adapted."""
+
+    strategy: Strategy = "fine-tuning"
+    """``feature-extraction`` fits a head on frozen features; ``fine-tuning`` goes on from it."""
+    metric: Metric = "auc"
+    """What the validation images decide by."""
+    head_epochs: Count = 100
+    """Most passes of L-BFGS over the cached features."""
+    head_l2: tuple[Annotated[float, msgspec.Meta(ge=0)], ...] = (1e-4, 1e-3, 1e-2)
+    """Strengths of the L2 penalty to try; validation picks one."""
+    epochs: Count = 4
+    """Fine-tuning passes over the training images."""
+    batch: Annotated[int, msgspec.Meta(ge=2, le=4096)] = 32
+    learning_rate: Rate = 4e-4
+    """Peak rate of the backbone, after warm-up, before cosine decay."""
+    head_learning_rate: Rate = 4e-4
+    weight_decay: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1e-4
+    warmup: Budget = 0.1
+    """Share of the steps over which the rate rises from 0."""
+    freeze: tuple[str, ...] = ()
+    """Modules whose weights stay as they are, by timm's names, e.g. ``conv_stem``, ``blocks.0``."""
+    augment: tuple[Augmentation, ...] = ("flip-horizontal", "flip-vertical")
+
+
+class CalibrationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """``[calibration]``: how INT8 ranges are measured."""
+
+    images: Annotated[int, msgspec.Meta(ge=8, le=4096)] = 128
+    """Images of the target's training split; 64 or more are advised."""
+    method: Literal["minmax", "percentile"] = "minmax"
+    percentile: Annotated[float, msgspec.Meta(ge=99, le=100)] = 99.99
+    """Share of the activations inside the range, in percent, for ``percentile``."""
+
+
+class ExportSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """``[export]``: what is released."""
+
+    version: Annotated[str, msgspec.Meta(pattern=r"^[0-9]+(\.[0-9]+)*([a-z0-9.+-]*)$")] = "0.1.0"
+    forms: tuple[ReleaseForm, ...] = ("fp16", "int8", "int8-cpu")
+    """Forms to offer to the gate beside ``fp32``, which is always there."""
+    golden: Annotated[int, msgspec.Meta(ge=2, le=64)] = 8
+    """Golden samples in the bundle, replayed wherever it is opened."""
+
+
+class GateSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """``[gate]``: what an artifact may lose against the checkpoint on held-out field images."""
+
+    min_agreement: Budget = 0.98
+    min_sqnr_db: Annotated[float, msgspec.Meta(ge=0, le=200)] = 15.0
+    max_accuracy_drop: Budget = 0.01
+    max_worst_recall_drop: Budget = 0.03
+
+
+class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One complete configuration."""
+
+    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    """Results go to ``build/NAME/``."""
+    data: DataSettings
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**31)] = 0
+    input: InputSpec = InputSpec()
+    model: ModelSettings = ModelSettings()
+    train: TrainSettings = TrainSettings()
+    calibration: CalibrationSettings = CalibrationSettings()
+    export: ExportSettings = ExportSettings()
+    gate: GateSettings = GateSettings()
+
+    @property
+    def build(self) -> Path:
+        """The folder of everything this recipe makes, under the working directory."""
+        return Path("build") / self.name
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the effective configuration, defaults included, comments not."""
+        return hashlib.sha256(msgspec.json.encode(self)).hexdigest()
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read and check the recipe at ``path``; relative paths in it are relative to its folder.
+
+    Raises RecipeError that names the file, the table, the key, and what was expected.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise RecipeError(f"{path}: no such recipe{_other_recipes(path)}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    recipe = parse_recipe(text, str(path))
+    return _with_absolute_paths(recipe, path.resolve().parent)
+
+
+def parse_recipe(text: str, name: str) -> Recipe:
+    """Check the recipe ``text``; ``name`` stands for its file in messages.
+
+    Raises RecipeError.
+    """
+    try:
+        import tomllib as toml
+    except ModuleNotFoundError:  # Python 3.10: the train extra installs tomli
+        try:
+            import tomli as toml  # type: ignore[no-redef,unused-ignore]
+        except ModuleNotFoundError as error:
+            raise RecipeError("reading recipes on Python 3.10 needs: pip install tomli") from error
+    try:
+        tables = toml.loads(text)
+    except toml.TOMLDecodeError as error:
+        raise RecipeError(f"{name}: not valid TOML: {error}") from error
+    try:
+        return msgspec.convert(tables, Recipe)
+    except msgspec.ValidationError as error:
+        raise RecipeError(f"{name}: {_explain(str(error))}") from error
+
+
+def _explain(message: str) -> str:
+    """msgspec's message in the recipe's words: table, key, and the nearest known key."""
+    message, _, at = message.partition(" - at `")
+    keys = [key for key in at.rstrip("`").removeprefix("$").split(".") if key]
+    place = f"[{'.'.join(keys)}]: " if keys else ""
+    unknown = re.match(r"Object contains unknown field `(.+)`", message)
+    if not unknown:
+        return f"{place}{message[:1].lower()}{message[1:]}"
+    key, known = unknown[1], _fields_at(keys)
+    close = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+    return f"{place}unknown key {key!r}; {hint}"
+
+
+def _fields_at(keys: list[str]) -> list[str]:
+    struct: Any = Recipe
+    for key in keys:
+        struct = get_type_hints(struct)[key]
+        if get_origin(struct) is Annotated:
+            struct = get_args(struct)[0]
+    return [field.name for field in msgspec.structs.fields(struct)]
+
+
+def _other_recipes(path: Path) -> str:
+    folder = path.parent if path.parent.is_dir() else Path()
+    found = sorted(file.name for file in folder.glob("*.toml"))
+    return f"; {folder} has: {', '.join(found)}" if found else ""
+
+
+def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
+    def resolve(place: str) -> str:
+        return str((folder / Path(place).expanduser()).resolve())
+
+    data, model = recipe.data, recipe.model
+    target = data.target
+    data = msgspec.structs.replace(
+        data,
+        source=data.source if is_embedded(data.source) else resolve(data.source),
+        target=target if target is None or is_embedded(target) else resolve(target),
+    )
+    if model.weights not in ("embedded", "pretrained", "random"):
+        model = msgspec.structs.replace(model, weights=resolve(model.weights))
+    return msgspec.structs.replace(recipe, data=data, model=model)
+
+
+def is_embedded(place: str) -> bool:
+    """Whether ``place`` names the sample data set rather than a path."""
+    return place == "elpv" or place.startswith("elpv:")
