@@ -1,0 +1,74 @@
+# One word per job. `make` alone explains them. Settings live in the recipe, not here.
+.PHONY: help setup train calibration export run test check format lock bench clean
+
+PYTHON ?= python3
+RECIPE ?= train/recipes/solar.toml
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+LOCK := requirements/workstation.txt
+
+help:  ## explain the targets
+	@echo "fieldfit: adapt a classifier to field images, prove it, run it on devices"
+	@echo
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14 | sed 's/^/  make /'
+	@echo
+	@echo "  RECIPE=FILE   the recipe for train, calibration, export and run (now $(RECIPE))"
+	@echo "  Start with:   make train export"
+
+setup: $(READY)  ## create or update the environment in .venv (the other targets do this by themselves)
+
+$(READY): $(LOCK) pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"The workstation needs Python 3.11 or newer, {sys.executable} is {v[0]}.{v[1]}; try: make PYTHON=python3.12 setup")'
+	@test -x $(BIN)/python || { echo "Creating $(VENV)"; $(PYTHON) -m venv $(VENV); } || { echo "python3 -m venv failed; on Debian: apt install python3-venv" >&2; exit 1; }
+	@test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv || echo "uv is not to be had; going on with pip, which is slower"
+	@echo "Installing the pinned packages (about 6 GB on disk with CUDA; half a minute with a fast line)"
+	@if test -x $(BIN)/uv; then \
+	    VIRTUAL_ENV=$(VENV) $(BIN)/uv pip sync --require-hashes $(LOCK); \
+	else \
+	    $(BIN)/python -m pip install --require-hashes -r $(LOCK); \
+	fi
+	@if test -x $(BIN)/uv; then \
+	    VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --no-deps --no-build-isolation --editable .; \
+	else \
+	    $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .; \
+	fi
+	@touch $@
+
+train: $(READY)  ## adapt the model to the field images of RECIPE
+	@$(BIN)/python -m train $(RECIPE)
+
+calibration: $(READY)  ## inspect the INT8 calibration of an exported RECIPE
+	@$(BIN)/python -m calibration $(RECIPE)
+
+export: $(READY)  ## prove the model in every precision and write the bundle
+	@$(BIN)/python -m export $(RECIPE)
+
+run: $(READY)  ## classify a few held-out field images with the bundle
+	@$(BIN)/python -m export run $(RECIPE)
+
+test: $(READY)  ## run all tests
+	@$(BIN)/python -m pytest
+
+check: $(READY)  ## lint, format, types and layers
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: $(READY)  ## format the code
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(READY)  ## measure speed as paired ratios and write benchmarks/results
+	@$(BIN)/python -m benchmarks.run
+
+lock: $(READY)  ## renew the pinned, hashed requirements
+	@$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --upgrade \
+	    --generate-hashes --no-emit-index-url --no-annotate --no-header -q -o $(LOCK)
+	@$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.10 --upgrade \
+	    --fork-strategy requires-python \
+	    --generate-hashes --no-emit-index-url --no-annotate --no-header -q -o requirements/device.txt
+
+clean:  ## remove results and caches, keep the environment
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

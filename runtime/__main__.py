@@ -1,0 +1,262 @@
+"""The device command ``fieldfit``: classify, verify, doctor, benchmark.
+
+Results go to stdout, the rest to stderr; ``--json`` where a program might read. Exit code 0 is
+success, 1 an error with one line that says what to do, 2 wrong usage, 130 an interruption.
+"""
+
+import argparse
+import glob
+import json
+import logging
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+
+from runtime.errors import DataError, FieldfitError
+from runtime.version import __version__
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".pgm", ".ppm"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb and return the exit code."""
+    options = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="fieldfit: %(message)s")
+    verb: Callable[[argparse.Namespace], int] = options.verb
+    try:
+        return verb(options)
+    except FieldfitError as error:
+        print(f"fieldfit: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("fieldfit: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `fieldfit classify ... | head` is no error
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        sys.stderr.close()
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fieldfit",
+        description="Run a proven image classifier on this device.",
+        epilog="Start with: fieldfit verify build/solar/bundle",
+    )
+    parser.add_argument("--version", action="version", version=f"fieldfit {__version__}")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    classify = _verb(
+        verbs,
+        "classify",
+        _classify,
+        "classify images",
+        "Print one line for each image: label, score, path. Folders are searched for images; an "
+        "image that cannot be read is reported and the rest goes on.",
+        "fieldfit classify build/solar/bundle photos/ --json",
+    )
+    classify.add_argument("bundle", type=Path)
+    classify.add_argument("images", nargs="+", help="files, folders or quoted glob patterns")
+    _engine_options(classify)
+
+    verify = _verb(
+        verbs,
+        "verify",
+        _verify,
+        "check every byte of a bundle and replay its golden samples",
+        "Check every byte before anything is parsed, then open each form that runs on this "
+        "machine's CPU and compare its answers with those recorded at export.",
+        "fieldfit verify solar-0.1.0.zip",
+    )
+    verify.add_argument("bundle", type=Path)
+
+    doctor = _verb(
+        verbs,
+        "doctor",
+        _doctor,
+        "describe this machine, and the engine it would choose",
+        "Print what a support engineer asks for first; with a bundle, also the engine that would "
+        "run it and why others were passed over.",
+        "fieldfit doctor build/solar/bundle --json",
+    )
+    doctor.add_argument("bundle", type=Path, nargs="?")
+
+    benchmark = _verb(
+        verbs,
+        "benchmark",
+        _benchmark,
+        "time the bundle's forms against each other on this machine",
+        "Time the forms in turn on the golden samples; speeds are ratios of CPU time to fp32's.",
+        "fieldfit benchmark build/solar/bundle --threads 1 --batch 16",
+    )
+    benchmark.add_argument("bundle", type=Path)
+    benchmark.add_argument("--batch", type=_positive, default=1, metavar="N", help="default 1")
+    benchmark.add_argument("--seconds", type=float, default=5.0, metavar="S", help="default 5")
+    benchmark.add_argument("--threads", type=_positive, default=1, metavar="N", help="default 1")
+    return parser
+
+
+def _verb(
+    verbs: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    summary: str,
+    description: str,
+    example: str,
+) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(
+        name, help=summary, description=description, epilog=f"Example: {example}"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON for programs")
+    parser.set_defaults(verb=run)
+    return parser
+
+
+def _engine_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--require", metavar="FORM", help="run this form (fp32, int8-cpu) or fail; never step down"
+    )
+    parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads; default all")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {value}")
+    return value
+
+
+def _classify(options: argparse.Namespace) -> int:
+    from runtime.classifier import Classifier
+
+    failed = 0
+    with Classifier.open(options.bundle, form=options.require, threads=options.threads) as model:
+        print(f"fieldfit: {model.reasons[-1]}", file=sys.stderr)
+        for path in find_images(options.images):
+            try:
+                answer = model(path)
+            except DataError as error:
+                failed += 1
+                print(f"fieldfit: {error}", file=sys.stderr)
+                continue
+            if options.json:
+                print(json.dumps({"path": str(path), **msgspec.to_builtins(answer)}), flush=True)
+            else:
+                mark = " (abstained)" if answer.abstained else ""
+                print(f"{answer.label}\t{answer.score:.4f}\t{path}{mark}", flush=True)
+    return 1 if failed else 0
+
+
+def find_images(places: list[str]) -> Iterator[Path]:
+    """Files as named, images below folders, matches of glob patterns; sorted within each place.
+
+    Raises DataError for a place that gives no image.
+    """
+    for place in places:
+        path = Path(place)
+        if path.is_dir():
+            found = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+        elif path.exists() or not glob.has_magic(place):
+            found = [path]
+        else:
+            found = sorted(Path(match) for match in glob.glob(place, recursive=True))  # noqa: PTH207
+        if not found:
+            raise DataError(f"{place}: no images there ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        yield from found
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from runtime.bundle import Bundle
+    from runtime.choose import try_form
+
+    bundle = Bundle.open(options.bundle)
+    golden = bundle.golden()
+    steps = []
+    for form in (a.form for a in bundle.manifest.artifacts if a.form in ("fp32", "int8-cpu")):
+        step, engine, _ = try_form(bundle, form, None, golden)
+        steps.append(step)
+        if engine is not None:
+            engine.close()
+    manifest = bundle.manifest
+    passed = all(step.accepted for step in steps)
+    if options.json:
+        report = {
+            "bundle": str(options.bundle),
+            "name": manifest.name,
+            "version": manifest.version,
+            "passed": passed,
+            "files": len(manifest.files) + 1,
+            "selftests": [step._asdict() for step in steps],
+        }
+        print(json.dumps(report))
+    else:
+        size = sum(entry.size for entry in manifest.files)
+        print(
+            f"{manifest.name} {manifest.version}: {len(manifest.files) + 1} files, {size:,} bytes"
+        )
+        print("every byte is as the manifest says")
+        for step in steps:
+            print(
+                f"{'ok  ' if step.accepted else 'FAIL'} {step.engine}, {step.form}: {step.reason}"
+            )
+    return 0 if passed else 1
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from runtime import doctor
+
+    report: dict[str, object] = dict(doctor.facts())
+    failed = False
+    if options.bundle is not None:
+        from runtime.classifier import Classifier
+
+        try:
+            with Classifier.open(options.bundle) as model:
+                report["engine"] = str(model.engine)
+                report["reasons"] = model.reasons
+        except FieldfitError as error:
+            failed = True
+            report["engine"] = "none"
+            report["reasons"] = [str(error)]
+    if options.json:
+        print(json.dumps(report))
+    else:
+        width = max(map(len, report)) + 2
+        for name, value in report.items():
+            lines = value if isinstance(value, list) else [value]
+            for index, line in enumerate(lines):
+                print(f"{name if index == 0 else '':<{width}}{line}")
+    return 1 if failed else 0
+
+
+def _benchmark(options: argparse.Namespace) -> int:
+    import numpy as np
+
+    from runtime.benchmark import interleave
+    from runtime.bundle import Bundle
+    from runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
+
+    bundle = Bundle.open(options.bundle)
+    forms = [form for form in ("fp32", "int8-cpu") if bundle.manifest.artifact(form)]
+    images = np.resize(bundle.golden()["images"], (options.batch, *bundle.manifest.input.shape))
+    engines = [
+        OnnxRuntimeEngine(bundle.model(form), form=form, threads=options.threads) for form in forms
+    ]
+    print(f"fieldfit: timing {', '.join(forms)} for {options.seconds:g} s", file=sys.stderr)
+    timings = interleave(engines, images, seconds=options.seconds, most_rounds=1_000_000)
+    if options.json:
+        print(json.dumps([timing._asdict() for timing in timings]))
+        return 0
+    print(f"onnxruntime CPU, batch {options.batch}, threads {options.threads}; ms of one call")
+    print(f"{'form':10}{'p50':>9}{'p90':>9}{'p99':>9}{'max':>9}{'CPU':>9}{'speed':>9}")
+    for timing in timings:
+        columns = "".join(f"{value:9.2f}" for value in [*timing.wall_ms.values(), timing.cpu_ms])
+        print(f"{timing.form:10}{columns}{timing.relative_speed:8.2f}x")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

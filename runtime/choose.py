@@ -1,0 +1,87 @@
+"""Choose the engine for a bundle on this machine, and say why the others were passed over.
+
+One candidate at a time, fastest first; each is opened, asked to replay the golden samples, and
+accepted or rejected with a sentence. Nothing steps down in silence.
+"""
+
+import logging
+from typing import Any, NamedTuple
+
+import numpy.typing as npt
+
+from runtime.bundle import Bundle
+from runtime.engines.engine import Engine
+from runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
+from runtime.errors import EngineError
+from runtime.selftest import SelfTest, replay
+
+_log = logging.getLogger(__name__)
+
+CPU_FORMS = ("int8-cpu", "fp32")
+"""Fastest first. fp16 and the TensorRT dialect run slower than fp32 on a CPU: not candidates."""
+
+
+class Step(NamedTuple):
+    """One candidate and its fate."""
+
+    engine: str
+    form: str
+    accepted: bool
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.engine}, {self.form}: {'' if self.accepted else 'passed over: '}{self.reason}"
+        )
+
+
+class Choice(NamedTuple):
+    """The opened engine, its self-test, and every step that led to it."""
+
+    engine: Engine
+    selftest: SelfTest
+    steps: tuple[Step, ...]
+
+
+def choose_engine(bundle: Bundle, *, form: str | None = None, threads: int | None = None) -> Choice:
+    """Open the fastest engine that runs ``bundle`` here and answers as proven.
+
+    ``form`` asks for one form and makes anything else an error. ``threads`` is the number of CPU
+    threads of one call.
+
+    Raises EngineError with every candidate's reason if none is left, or if the manifest requires
+    a provider that is not to be had.
+    """
+    required = bundle.manifest.required_provider
+    if required not in (None, "cpu"):
+        raise EngineError(
+            f"{bundle.path}: requires the {required} provider; this fieldfit runs onnxruntime on "
+            "the CPU"
+        )
+    steps: list[Step] = []
+    golden = bundle.golden()
+    for candidate in (form,) if form else CPU_FORMS:
+        step, engine, selftest = try_form(bundle, candidate, threads, golden)
+        steps.append(step)
+        _log.log(logging.INFO if step.accepted else logging.WARNING, "%s", step)
+        if engine is not None and selftest is not None:
+            return Choice(engine, selftest, tuple(steps))
+    reasons = "; ".join(str(step) for step in steps)
+    raise EngineError(f"{bundle.path}: no engine can run it here: {reasons}")
+
+
+def try_form(
+    bundle: Bundle, form: str, threads: int | None, golden: dict[str, npt.NDArray[Any]]
+) -> tuple[Step, Engine | None, SelfTest | None]:
+    name = "onnxruntime CPU"
+    if bundle.manifest.artifact(form) is None:
+        return Step(name, form, False, "not in the bundle (it did not pass the gate)"), None, None
+    try:
+        engine = OnnxRuntimeEngine(bundle.model(form), form=form, threads=threads)
+        selftest = replay(engine, golden)
+    except EngineError as error:
+        return Step(name, form, False, str(error)), None, None
+    if not selftest.passed:
+        engine.close()
+        return Step(name, form, False, f"failed its self-test: {selftest.reason}"), None, None
+    return Step(name, form, True, selftest.reason), engine, selftest

@@ -1,0 +1,139 @@
+"""Open a bundle and classify images: the five-line API of the device.
+
+from runtime import Classifier
+classifier = Classifier.open("build/solar/bundle")
+answer = classifier("cell0001.png")
+print(answer.label, answer.score)
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import overload
+
+import msgspec
+
+from runtime import metrics
+from runtime.bundle import Bundle
+from runtime.choose import Choice, choose_engine
+from runtime.errors import BundleError
+from runtime.preprocess import ImageLike, preprocess_batch
+from runtime.version import __version__
+
+BATCH = 16
+"""Images of a list that are preprocessed and run together; larger ones gain nothing on a CPU."""
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """The verdict on one image."""
+
+    label: str
+    score: float
+    """Probability of ``label`` after temperature scaling."""
+    abstained: bool
+    """The score is below the bundle's threshold: do not act on the label."""
+    probabilities: dict[str, float]
+    milliseconds: dict[str, float]
+    """``preprocess`` (decode and resize) and ``infer``, an even share of the batch."""
+
+
+class Classifier:
+    """A verified bundle on a proven engine. Make one with ``Classifier.open``.
+
+    It serves one thread at a time; use one per thread or process.
+    """
+
+    def __init__(self, bundle: Bundle, choice: Choice) -> None:
+        self.bundle = bundle
+        self.engine = choice.engine
+        self.selftest = choice.selftest
+        self.steps = choice.steps
+        self._labels = bundle.manifest.labels
+
+    @classmethod
+    def open(
+        cls, path: str | Path, *, form: str | None = None, threads: int | None = None
+    ) -> "Classifier":
+        """Verify the bundle at ``path``, choose an engine and replay the golden samples on it.
+
+        ``form`` asks for one form (``fp32``, ``int8-cpu``) and makes a step down an error.
+
+        Raises BundleError if a byte is not as the manifest says, EngineError if nothing can run
+        it here.
+        """
+        bundle = Bundle.open(path)
+        _check_runtime(bundle)
+        return cls(bundle, choose_engine(bundle, form=form, threads=threads))
+
+    @property
+    def reasons(self) -> list[str]:
+        """One sentence for each candidate engine, in the order they were tried."""
+        return [str(step) for step in self.steps]
+
+    @overload
+    def __call__(self, images: ImageLike) -> Answer: ...  # type: ignore[overload-overlap]
+    @overload
+    def __call__(self, images: Sequence[ImageLike]) -> list[Answer]: ...
+    def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Answer | list[Answer]:
+        """Classify a path, encoded bytes, a PIL image or an array; or a list of them.
+
+        Arrays are uint8 or uint16, ``[H, W]``, ``[H, W, 1]``, ``[H, W, 3]`` RGB or RGBA.
+
+        Raises DataError, naming the image, if one cannot be read.
+        """
+        if isinstance(images, list | tuple):
+            return list(self.stream(images))
+        return self._classify([images])[0]  # type: ignore[list-item]
+
+    def stream(self, images: Sequence[ImageLike]) -> Iterator[Answer]:
+        """Classify many images in batches, yielding answers in order as they come."""
+        left = iter(images)
+        while batch := list(islice(left, BATCH)):
+            yield from self._classify(batch)
+
+    def _classify(self, images: list[ImageLike]) -> list[Answer]:
+        start = time.perf_counter()
+        batch = preprocess_batch(images, self.bundle.manifest.input)
+        prepared = time.perf_counter()
+        logits = self.engine.infer(batch).logits
+        done = time.perf_counter()
+        probabilities = metrics.softmax(logits, temperature=self.bundle.manifest.temperature)
+        milliseconds = {
+            "preprocess": (prepared - start) * 1e3 / len(images),
+            "infer": (done - prepared) * 1e3 / len(images),
+        }
+        return [self._answer(row, milliseconds) for row in probabilities.tolist()]
+
+    def _answer(self, probabilities: list[float], milliseconds: dict[str, float]) -> Answer:
+        score = max(probabilities)
+        return Answer(
+            label=self._labels[probabilities.index(score)],
+            score=score,
+            abstained=score < self.bundle.manifest.abstain_below,
+            probabilities=dict(zip(self._labels, probabilities, strict=True)),
+            milliseconds=milliseconds,
+        )
+
+    def close(self) -> None:
+        """Free the engine."""
+        self.engine.close()
+
+    def __enter__(self) -> "Classifier":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _check_runtime(bundle: Bundle) -> None:
+    needed = bundle.manifest.minimum_runtime
+    if _numbers(needed) > _numbers(__version__):
+        raise BundleError(
+            f"{bundle.path}: needs fieldfit {needed} or newer, this is {__version__}; update "
+            "fieldfit on this device"
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())
