@@ -1,0 +1,93 @@
+"""``python -m train RECIPE``: adapt a model to field images.
+
+Leaves ``build/NAME/train/``: checkpoint.safetensors, training.json, images.json and a TensorBoard
+log. Ctrl-C saves the state; the same command goes on from it.
+"""
+
+import argparse
+import json
+import sys
+import warnings
+from pathlib import Path
+
+from runtime.errors import FieldfitError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train by the recipe and return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train",
+        description="Adapt a model to field images: fit a head on frozen features, then fine-tune "
+        "at a low rate, keep what validates best.",
+        epilog="Example: python -m train train/recipes/solar.toml",
+    )
+    parser.add_argument("recipe", type=Path, help="the TOML file with the whole configuration")
+    parser.add_argument("--json", action="store_true", help="print training.json at the end")
+    options = parser.parse_args(argv)
+    try:
+        return _run(options)
+    except FieldfitError as error:
+        print(f"train: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("train: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    except OSError as error:
+        if error.errno is None:
+            raise
+        print(f"train: {error.strerror}: {error.filename or 'writing results'}", file=sys.stderr)
+        return 1
+
+
+def _run(options: argparse.Namespace) -> int:
+    from runtime.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe)  # before torch, whose import takes seconds
+    import msgspec
+
+    from train import console
+    from train.domains import ELPV_LICENCE
+    from train.pipeline import Training, train
+
+    # Warnings of other packages' internals are nothing that a user of ours can act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|timm)\.")
+    if "elpv" in (recipe.data.source, *(recipe.data.target or "").split(":")):
+        console.say(ELPV_LICENCE)
+    training: Training
+    training, done = train(recipe)
+    _show(training)
+    if not done:
+        console.say("nothing to do: this recipe and these images are trained already")
+    if options.json:
+        print(json.dumps(msgspec.to_builtins(training)))
+    console.say(f"wrote {recipe.build / 'train'}; next: make export RECIPE={options.recipe}")
+    return 0
+
+
+def _show(training: "object") -> None:
+    from train import console
+    from train.pipeline import Training
+
+    assert isinstance(training, Training)
+    field = training.decided_on.split()[0]
+    both = "target-test" in training.rungs[0].scores
+    columns = ["rung", f"decided on {training.decided_on}", f"{field} test accuracy", "AUC"]
+    columns += ["source test accuracy", "AUC"] if both else []
+    rows = []
+    for rung in training.rungs:
+        row = [f"{rung.name} (kept)" if rung.kept else rung.name, f"{rung.value:.4f}"]
+        for domain in (field, "source") if both else (field,):
+            scores = rung.scores[f"{domain}-test"]
+            row += [_number(scores.accuracy), _number(scores.auc)]
+        rows.append([*row, f"{rung.seconds:.0f} s"])
+    title = "rungs (test figures are for the record, no choice sees them)"
+    console.table(title, [*columns, "time"], rows)
+    console.say(f"kept {training.rung}: {training.reason}")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
