@@ -5,9 +5,10 @@ is the raw uint8 picture that the graph takes.
 
 **Image policy**, in this order:
 
-1. The first frame of a multi-frame file; EXIF orientation applied.
+1. One of FORMATS, the first frame of a multi-frame file; EXIF orientation applied.
 2. Sixteen-bit gray is mapped linearly from ``window`` (default 0..65535) to 0..255 and rounded,
-   never stretched by an image's own minimum and maximum: a dark image stays dark.
+   never stretched by an image's own minimum and maximum: a dark image stays dark. Of 16-bit
+   colour files Pillow keeps the high byte; ``window`` does not apply to them.
 3. Palette, 1-bit, CMYK, YCbCr and Lab become RGB or gray; transparency is composited on black.
 4. ``channels = 1`` takes ITU-R 601 luma, ``channels = 3`` repeats gray.
 5. Resize with Pillow's antialiased filters. It stays outside the graph because TensorRT has no
@@ -16,7 +17,6 @@ is the raw uint8 picture that the graph takes.
 
 import enum
 import io
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,11 +30,19 @@ from runtime.errors import DataError
 UInt8 = npt.NDArray[np.uint8]
 ImageLike = str | Path | bytes | Image.Image | npt.NDArray[Any]
 
-MAX_PIXELS = 100_000_000
-"""Pictures above this many pixels are refused from their header, before any memory is taken."""
+MAX_PIXELS = 89_478_485
+"""Pictures above this many pixels are refused from their header, before any memory is taken.
+
+Pillow's own limit, above which it warns: silencing that is not safe between threads.
+"""
 
 MAX_FILE_BYTES = 512 * 1024 * 1024
 """Encoded files above this size are refused before they are read."""
+
+
+FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""What is read, whatever the file is called. Pillow knows more formats, some of which start other
+programs (EPS) or are seldom tested, and files may come from outside."""
 
 
 class Resize(str, enum.Enum):
@@ -134,10 +142,11 @@ def decode(image: ImageLike, *, window: tuple[int, int] = (0, 65535)) -> Image.I
     if isinstance(image, str | Path):
         path = Path(image)
         try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-        if not path.is_file():
+            size, regular = path.stat().st_size, path.is_file()
+        except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise DataError(f"{path}: cannot be read: {reason}") from error
+        if not regular:
             raise DataError(f"{path}: expected an image file, got a folder or device")
         if size == 0:
             raise DataError(f"{path}: expected an image, got an empty file")
@@ -152,43 +161,44 @@ def decode(image: ImageLike, *, window: tuple[int, int] = (0, 65535)) -> Image.I
 
 def _open(source: Path | io.BytesIO, window: tuple[int, int], name: str) -> Image.Image:
     try:
-        with warnings.catch_warnings():
-            # Our own limit below is stricter than Pillow's warning.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(source) as picture:
-                return _read(picture, window, name)
+        picture = Image.open(source, formats=FORMATS)
     except UnidentifiedImageError as error:
-        raise DataError(f"{name}: not an image that Pillow can read") from error
-    except Image.DecompressionBombError as error:
+        raise DataError(f"{name}: not an image; expected one of {', '.join(FORMATS)}") from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{name}: too many pixels, the limit is {MAX_PIXELS:,}") from error
-    except OSError as error:
+    except Exception as error:
         raise DataError(f"{name}: cannot be decoded: {error}") from error
+    with picture:
+        return _read(picture, window, name)
 
 
 def _read(picture: Image.Image, window: tuple[int, int], name: str) -> Image.Image:
     width, height = picture.size
     if width * height > MAX_PIXELS:
-        raise DataError(f"{name}: {width}x{height} pixels, more than the limit of {MAX_PIXELS:,}")
+        raise DataError(f"{name}: {width}x{height} pixels, the limit is {MAX_PIXELS:,}")
     if width * height == 0:
         raise DataError(f"{name}: expected a picture, got {width}x{height} pixels")
     try:
         picture.load()
-        # Decoders raise many types for damaged files; all mean "this picture is broken".
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
+        try:
+            upright = ImageOps.exif_transpose(picture)
+        except Exception:  # a damaged EXIF block must not cost a good picture
+            upright = picture
+        return _flatten(upright, window, name)
+    except DataError:
+        raise
+    except Exception as error:
+        # Decoders raise a dozen types for damaged files; all mean "this picture is broken".
         raise DataError(f"{name}: cannot be decoded: {error}") from error
-    try:
-        upright = ImageOps.exif_transpose(picture)
-    except Exception:  # a damaged EXIF block must not cost a good picture
-        upright = picture
-    return _flatten(upright, window, name)
 
 
 def _flatten(picture: Image.Image, window: tuple[int, int], name: str) -> Image.Image:
     """Any Pillow mode to ``L`` or ``RGB``."""
     mode = picture.mode
-    if mode in ("L", "RGB"):
+    transparent = "transparency" in picture.info
+    if mode in ("L", "RGB") and not transparent:
         return picture
-    if mode == "1":
+    if mode == "1" and not transparent:
         return picture.convert("L")
     if mode.startswith("I"):  # I;16 and friends, and I, which Pillow uses for some 16-bit PNGs
         return _window(np.asarray(picture), window)
@@ -196,9 +206,9 @@ def _flatten(picture: Image.Image, window: tuple[int, int], name: str) -> Image.
         raise DataError(
             f"{name}: expected 8- or 16-bit pixels, got floating point; save it as 16-bit PNG"
         )
-    if mode in ("LA", "La"):
+    if mode in ("1", "L", "LA", "La"):
         return _on_black(picture.convert("LA"), "L")
-    if mode in ("RGBA", "RGBa", "PA") or "transparency" in picture.info:
+    if mode in ("RGBA", "RGBa", "PA") or transparent:
         return _on_black(picture.convert("RGBA"), "RGB")
     return picture.convert("RGB")  # P, CMYK, YCbCr, LAB, HSV, RGBX
 
@@ -247,5 +257,10 @@ def _to_size(picture: Image.Image, spec: InputSpec) -> Image.Image:
         return picture.resize((width, height), method)
     if spec.resize is Resize.CENTER:
         return ImageOps.fit(picture, (width, height), method)
+    scale = min(width / picture.width, height / picture.height)
+    # Not ImageOps.pad: it rounds the short side of a very long picture to nothing.
+    inner = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
     level = spec.mean if spec.channels == 1 else (spec.mean,) * 3
-    return ImageOps.pad(picture, (width, height), method, color=level)
+    canvas = Image.new(picture.mode, (width, height), level)
+    canvas.paste(picture.resize(inner, method), ((width - inner[0]) // 2, (height - inner[1]) // 2))
+    return canvas
