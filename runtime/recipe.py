@@ -6,6 +6,7 @@ an error that names the file, the table and the key, and guesses what was meant.
 """
 
 import difflib
+import enum
 import hashlib
 import re
 from pathlib import Path
@@ -174,30 +175,130 @@ def parse_recipe(text: str, name: str) -> Recipe:
     try:
         return msgspec.convert(tables, Recipe)
     except msgspec.ValidationError as error:
-        raise RecipeError(f"{name}: {_explain(str(error))}") from error
+        raise RecipeError(f"{name}: {_explain(str(error), tables)}") from error
 
 
-def _explain(message: str) -> str:
-    """msgspec's message in the recipe's words: table, key, and the nearest known key."""
-    message, _, at = message.partition(" - at `")
-    keys = [key for key in at.rstrip("`").removeprefix("$").split(".") if key]
-    place = f"[{'.'.join(keys)}]: " if keys else ""
-    unknown = re.match(r"Object contains unknown field `(.+)`", message)
-    if not unknown:
-        return f"{place}{message[:1].lower()}{message[1:]}"
-    key, known = unknown[1], _fields_at(keys)
+def _explain(message: str, tables: dict[str, Any]) -> str:
+    """msgspec's message in the recipe's words: table, key, what is expected, what came."""
+    problem, _, at = message.partition(" - at `")
+    steps = re.findall(r"\.(\w+)|\[(\d+)\]", at)
+    keys: list[str | int] = [name or int(index) for name, index in steps]
+    place = at.rstrip("`").removeprefix("$").removeprefix(".")
+    if place:
+        inside_table = len(keys) > 1 or _is_table(_type_at(keys))
+        place = f"[{place}]: " if inside_table else f"{place}: "
+    named = re.match(r"Object (contains unknown|missing required) field `(.+)`", problem)
+    if named and named[1] == "contains unknown":
+        return f"{place}unknown key {named[2]!r}; {_hint(named[2], keys)}"
+    if named:
+        example = _EXAMPLES.get(named[2], f"{named[2]} = ...")
+        return f"{place}the key {named[2]} is missing; add for example: {example}"
+    if not problem.startswith(("Expected `", "Invalid enum")):
+        return f"{place}{problem}"  # our own words, from a __post_init__
+    kind, value = _type_at(keys), _value_at(tables, keys)
+    choices = _choices(kind)
+    if not choices:
+        return f"{place}expected {_describe(kind)}, got {_show(value)}"
+    close = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{place}{_show(value)} is not one of: {', '.join(choices)}{hint}"
+
+
+_EXAMPLES = {
+    "name": 'name = "solar"',
+    "data": '[data] with source = "images/clean"',
+    "source": 'source = "images/clean"',
+}
+"""A line for each key without a default."""
+
+
+def _hint(key: str, keys: list[str | int]) -> str:
+    """Where an unknown key of the table at ``keys`` may have been meant to go."""
+    known = _fields(_type_at(keys))
     close = difflib.get_close_matches(key, known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
-    return f"{place}unknown key {key!r}; {hint}"
+    if close:
+        return f"did you mean {close[0]!r}?"
+    tables = {name: _type_at([name]) for name in _fields(Recipe)}
+    homes = [name for name, kind in tables.items() if _is_table(kind) and key in _fields(kind)]
+    return f"it belongs to [{homes[0]}]" if homes else f"known keys: {', '.join(known)}"
 
 
-def _fields_at(keys: list[str]) -> list[str]:
-    struct: Any = Recipe
+def _type_at(keys: list[str | int]) -> Any:
+    """The annotation at ``keys``, with its limits."""
+    kind: Any = Recipe
     for key in keys:
-        struct = get_type_hints(struct)[key]
-        if get_origin(struct) is Annotated:
-            struct = get_args(struct)[0]
-    return [field.name for field in msgspec.structs.fields(struct)]
+        kind = _bare(kind)
+        if isinstance(key, str):
+            kind = get_type_hints(kind, include_extras=True)[key]
+        else:
+            items = get_args(kind)
+            kind = items[0] if items[-1] is Ellipsis else items[key]
+    return kind
+
+
+def _value_at(tables: dict[str, Any], keys: list[str | int]) -> Any:
+    value: Any = tables
+    for key in keys:
+        value = value[key]
+    return value
+
+
+def _bare(kind: Any) -> Any:
+    """``kind`` without its limits and without None."""
+    if get_origin(kind) is Annotated:
+        return _bare(get_args(kind)[0])
+    if type(None) in get_args(kind):
+        return _bare(get_args(kind)[0])
+    return kind
+
+
+def _is_table(kind: Any) -> bool:
+    return hasattr(_bare(kind), "__struct_fields__")
+
+
+def _fields(kind: Any) -> list[str]:
+    return [field.name for field in msgspec.structs.fields(_bare(kind))]
+
+
+def _choices(kind: Any) -> list[str]:
+    kind = _bare(kind)
+    if get_origin(kind) is Literal:
+        return [str(value) for value in get_args(kind)]
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        return [str(member.value) for member in kind]
+    return []
+
+
+_WORDS = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}
+_LIMITS = {"gt": "above", "ge": "at least", "lt": "below", "le": "at most"}
+
+
+def _describe(kind: Any) -> str:
+    """``kind`` in words, e.g. "a number, above 0 and at most 1"."""
+    bare = _bare(kind)
+    if _is_table(bare):
+        return "a table"
+    if get_origin(bare) is tuple:
+        items = get_args(bare)
+        return "a list" if items[-1] is Ellipsis else f"a list of {len(items)} values"
+    words = _WORDS[bare]
+    metas = [meta for meta in get_args(kind)[1:] if isinstance(meta, msgspec.Meta)]
+    limits = [
+        f"{word} {getattr(meta, name):.12g}"
+        for meta in metas
+        for name, word in _LIMITS.items()
+        if getattr(meta, name) is not None
+    ]
+    patterns = [f"matching {meta.pattern}" for meta in metas if meta.pattern]
+    return ", ".join([words, " and ".join(limits + patterns)]).removesuffix(", ")
+
+
+def _show(value: Any) -> str:
+    """``value`` as it stands in the recipe, cut where it is long."""
+    if isinstance(value, dict):
+        return "a table"
+    text = str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _other_recipes(path: Path) -> str:
