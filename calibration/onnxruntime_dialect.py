@@ -1,0 +1,273 @@
+"""Write ``int8-cpu.onnx``: a graph whose every quantized convolution onnxruntime fuses to one.
+
+It does not know how ranges were measured, and TensorRT refuses what it writes (that is what the
+other dialect is for). The form that onnxruntime's CPU kernels like, found by measuring:
+
+- uint8 activations, int8 weights per output channel, int32 bias in the accumulator's unit.
+- The image byte *is* the first quantized value (scale ``1/std``, zero point ``mean``), so Cast,
+  Mul and Add vanish and no Quantize node comes before the first convolution.
+- A Relu, or a Clip that begins at 0, vanishes too: with zero point 0 saturation does its work.
+- Both sides of every quantized operator are quantized, because that is what is fused. Operators
+  that onnxruntime has no 8-bit kernel for read the dequantized tensor and compute in float.
+
+Written as Quantize-Dequantize pairs: standard ONNX that any runtime can check, and that
+onnxruntime turns into QLinear operators when it opens the file. `calibration.kernels` proves it.
+"""
+
+import dataclasses
+from collections.abc import Collection, Iterable
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from calibration.graph import (
+    ARITHMETIC_OPS,
+    LINEAR_OPS,
+    RANGE_PRESERVING_OPS,
+    Conv,
+    Graph,
+    attributes,
+    check_names,
+)
+from calibration.quantize import (
+    Emitted,
+    Scale,
+    Writer,
+    asymmetric,
+    quantize_bias,
+    quantize_weight,
+    room_for_bias,
+    weight_scales,
+)
+from calibration.table import Table
+
+_FOLLOWERS = RANGE_PRESERVING_OPS | ARITHMETIC_OPS
+
+_UNIT = Scale(np.float32(1 / 255), np.uint8(0))
+"""Of values from 0 to 1."""
+
+
+def emit(graph: onnx.ModelProto, table: Table, *, float_nodes: Collection[str] = ()) -> Emitted:
+    """``graph`` with the convolutions, and what lies between them, in 8-bit form.
+
+    ``float_nodes`` names nodes that stay float. ``graph`` is not changed.
+
+    Raises ExportError if the graph is not what export writes, or the table is another graph's.
+    """
+    index = Graph(graph)
+    check_names(index, float_nodes)
+    plan = _plan(index, float_nodes)
+    emitter = _Emitter(index, table, plan)
+    for node in graph.graph.node:
+        emitter.write(node)
+    return Emitted(emitter.writer.model(), tuple(plan.convs), plan.kept_float)
+
+
+@dataclasses.dataclass
+class _Plan:
+    """Which nodes and tensors are 8-bit."""
+
+    convs: dict[str, Conv] = dataclasses.field(default_factory=dict)
+    kept_float: dict[str, str] = dataclasses.field(default_factory=dict)
+    followers: set[str] = dataclasses.field(default_factory=set)
+    """Other operators computed on 8-bit values."""
+    quantized: set[str] = dataclasses.field(default_factory=set)
+    """Tensors that every reader reads dequantized."""
+    absorbed: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Tensor before a Relu or Clip that vanishes -> tensor behind it."""
+    vanished: set[str] = dataclasses.field(default_factory=set)
+    """Nodes that are not written: preprocessing and absorbed activations."""
+
+
+def _plan(graph: Graph, float_nodes: Collection[str]) -> _Plan:
+    plan = _Plan()
+    first = graph.preprocessing()
+    plan.vanished.update(first.nodes)
+    plan.quantized.add(first.output)
+    for node in graph.nodes.values():
+        if node.op_type not in LINEAR_OPS:
+            continue
+        conv = graph.conv(node)
+        if reason := _why_float(graph, node, conv, float_nodes):
+            plan.kept_float[node.name] = reason
+            continue
+        assert conv is not None
+        plan.convs[node.name] = conv
+    for conv in plan.convs.values():
+        plan.quantized.update((conv.input, _behind(graph, plan, conv.output, float_nodes)))
+
+    useful = _useful(graph, plan, float_nodes)
+    for node in graph.nodes.values():
+        inputs = graph.data_inputs(node)
+        if node.name not in useful or not plan.quantized.issuperset(inputs):
+            continue
+        plan.followers.add(node.name)
+        for tensor in graph.data_outputs(node):
+            plan.quantized.add(_behind(graph, plan, tensor, float_nodes))
+    return plan
+
+
+def _why_float(
+    graph: Graph, node: onnx.NodeProto, conv: Conv | None, float_nodes: Collection[str]
+) -> str:
+    if node.name in float_nodes:
+        return "asked for by float_nodes"
+    if node.op_type != "Conv":
+        return f"{node.op_type}: only convolutions are quantized"
+    if conv is None:
+        return "its weights are not a plain constant"
+    if conv.output in graph.outputs:
+        return "it makes an output of the model, and those are float"
+    return ""
+
+
+def _behind(graph: Graph, plan: _Plan, tensor: str, float_nodes: Collection[str]) -> str:
+    """The tensor that is quantized for ``tensor``: behind a Relu or Clip that vanishes."""
+    clipping = graph.clipping_after(tensor)
+    if (
+        clipping is None
+        or clipping.low != 0.0
+        or clipping.name in float_nodes
+        or clipping.output in graph.outputs
+    ):
+        return tensor
+    plan.absorbed[tensor] = clipping.output
+    plan.vanished.add(clipping.name)
+    return clipping.output
+
+
+def _useful(graph: Graph, plan: _Plan, float_nodes: Collection[str]) -> set[str]:
+    """Operators whose 8-bit result would reach a quantized convolution through 8-bit operators.
+
+    The others, such as the last average pooling, lose nothing by computing in float.
+    """
+    wanted = {conv.input for conv in plan.convs.values()}
+    useful: set[str] = set()
+    for node in reversed(graph.nodes.values()):
+        outputs = graph.data_outputs(node)
+        clipped = [graph.clipping_after(tensor) for tensor in outputs]
+        outputs_behind = [c.output if c else t for c, t in zip(clipped, outputs, strict=True)]
+        if (
+            node.op_type in _FOLLOWERS
+            and node.name not in float_nodes
+            and _has_kernel(graph, node)
+            and not graph.outputs.intersection(outputs)
+            and wanted.intersection([*outputs, *outputs_behind])
+        ):
+            useful.add(node.name)
+            wanted.update(graph.data_inputs(node))
+    return useful
+
+
+def _has_kernel(graph: Graph, node: onnx.NodeProto) -> bool:
+    if node.op_type in ("Add", "Mul"):
+        return len(graph.data_inputs(node)) == 2
+    if node.op_type == "ReduceMean":
+        return graph.is_global_average(node)
+    if node.op_type == "MaxPool":
+        return len(node.output) == 1
+    if node.op_type in _GATES:
+        slope, offset = _gate(node)
+        return slope > 0.0 and offset > 0.0
+    return True
+
+
+_GATES = ("HardSigmoid", "HardSwish")
+
+
+def _gate(node: onnx.NodeProto) -> tuple[float, float]:
+    """Slope and offset of ``clip(slope * x + offset, 0, 1)`` in a HardSigmoid or HardSwish."""
+    if node.op_type == "HardSwish":
+        return 1.0 / 6.0, 0.5
+    found = attributes(node)
+    return float(found.get("alpha", 0.2)), float(found.get("beta", 0.5))
+
+
+class _Emitter:
+    def __init__(self, graph: Graph, table: Table, plan: _Plan) -> None:
+        self.graph, self.table, self.plan = graph, table, plan
+        self.writer = Writer(graph)
+        self.scales: dict[str, Scale] = {}
+        self.dequantized: dict[str, str] = {}
+        self._image()
+
+    def _image(self) -> None:
+        first = self.graph.preprocessing()
+        planes = self.writer.name(f"{first.image}_planes")
+        self.writer.node("Transpose", [first.image], planes, perm=[0, 3, 1, 2])
+        scale = Scale(np.float32(first.scale), np.uint8(first.mean))
+        self.scales[first.output] = scale
+        self.dequantized[first.output] = self.writer.dequantize(
+            planes,
+            self.writer.constant(f"{first.image}_scale", np.asarray(scale.scale)),
+            self.writer.constant(f"{first.image}_zero_point", np.asarray(scale.zero_point)),
+            first.output,
+        )
+
+    def write(self, node: onnx.NodeProto) -> None:
+        plan = self.plan
+        if node.name in plan.vanished:
+            return
+        inputs = [self.dequantized.get(tensor, tensor) for tensor in node.input]
+        outputs = [plan.absorbed.get(tensor, tensor) for tensor in node.output]
+        if node.name in plan.convs:
+            inputs[1:] = self._weights(plan.convs[node.name], list(node.input))
+        if node.name in plan.followers and node.op_type == "ReduceMean":
+            node = helper.make_node("GlobalAveragePool", inputs[:1], outputs, name=node.name)
+            inputs = inputs[:1]
+        if node.name in plan.followers and node.op_type in _GATES:
+            gate = self._write_gate(node, inputs[0])
+            if node.op_type == "HardSigmoid":
+                self.scales[outputs[0]] = _UNIT
+                self.dequantized[outputs[0]] = gate
+                return
+            node = helper.make_node("Mul", [], [], name=node.name)
+            inputs = [inputs[0], gate]
+        self.writer.copy(node, inputs, outputs)
+        for tensor in outputs:
+            if tensor in plan.quantized:
+                self.scales[tensor] = self._scale(node, tensor)
+                self.dequantized[tensor] = self.writer.quantize_dequantize(
+                    tensor, self.scales[tensor]
+                )
+
+    def _write_gate(self, node: onnx.NodeProto, x: str) -> str:
+        """Write ``clip(slope * x + offset, 0, 1)`` for ``x``; return the dequantized result.
+
+        onnxruntime has no 8-bit kernel for it, but it has one for Add, and an Add saturates:
+        ``x + offset / slope`` in uint8 over ``[0, 1 / slope]`` is the gate times ``1 / slope``.
+        Reading those bytes with another scale is the multiplication.
+        """
+        slope, offset = _gate(node)
+        writer, base = self.writer, node.output[0]
+        zero = writer.constant(f"{base}_gate_zero_point", np.asarray(np.uint8(0)))
+        shift = writer.dequantize(
+            writer.constant(f"{base}_shift", np.asarray(np.uint8(255))),
+            writer.constant(f"{base}_shift_scale", np.asarray(np.float32(offset / slope / 255))),
+            zero,
+            f"{base}_shift_dequantized",
+        )
+        shifted, quantized = writer.name(f"{base}_shifted"), writer.name(f"{base}_gate_quantized")
+        writer.node("Add", [x, shift], shifted)
+        scale = writer.constant(f"{base}_shifted_scale", np.asarray(np.float32(1 / slope / 255)))
+        writer.node("QuantizeLinear", [shifted, scale, zero], quantized)
+        unit = writer.constant(f"{base}_gate_scale", np.asarray(_UNIT.scale))
+        return writer.dequantize(quantized, unit, zero, f"{base}_gate")
+
+    def _weights(self, conv: Conv, names: list[str]) -> Iterable[str]:
+        input_scale = self.scales[conv.input].scale
+        scales = weight_scales(conv.weight)
+        if conv.bias is not None:
+            scales = room_for_bias(scales, conv.bias, input_scale)
+        weight = quantize_weight(conv.weight, scales)
+        yield self.writer.constant_dequantize(names[1], weight, scales)
+        if conv.bias is not None:
+            unit = input_scale * scales
+            yield self.writer.constant_dequantize(names[2], quantize_bias(conv.bias, unit), unit)
+
+    def _scale(self, node: onnx.NodeProto, tensor: str) -> Scale:
+        if node.name in self.plan.followers and node.op_type in RANGE_PRESERVING_OPS:
+            (source,) = self.graph.data_inputs(node)
+            return self.scales[source]
+        return asymmetric(*self.table.range(tensor))

@@ -1,0 +1,125 @@
+"""The calibration table: the range of every tensor, measured once, read by both dialects.
+
+It does not know how ranges are measured nor what becomes of them. A table belongs to one graph,
+one ordered list of images, one preprocessing and one method; it is used again only if all match.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+import onnx
+
+from runtime import atomic
+from runtime.errors import ExportError
+from runtime.preprocess import InputSpec
+from runtime.recipe import CalibrationSettings
+
+FORMAT = 1
+"""Raised when the meaning of a field changes; older tables are then measured again."""
+
+
+class TensorRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What one tensor was seen to hold, and the part of it that INT8 will represent."""
+
+    observed: tuple[float, float]
+    """Smallest and largest value over all calibration images."""
+    chosen: tuple[float, float]
+    """Values outside saturate."""
+    clipped: float = 0.0
+    """Share of the observed values outside ``chosen``, 0 to 1."""
+
+
+class TableKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a table was measured from; digests are SHA-256."""
+
+    graph: str
+    images: str
+    """Of the images' digests in their order."""
+    preprocessing: str
+    method: str
+    """The method and its parameters, as text."""
+    format: int = FORMAT
+
+
+class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The ranges of a graph's tensors."""
+
+    key: TableKey
+    images: int
+    """How many images were seen."""
+    tensors: dict[str, TensorRange]
+
+    def range(self, tensor: str) -> tuple[float, float]:
+        """The chosen low and high of ``tensor``.
+
+        Raises ExportError if the table does not have it.
+        """
+        if tensor not in self.tensors:
+            raise ExportError(
+                f"the calibration table has no range for tensor {tensor!r}: it belongs to another "
+                "graph; calibrate again"
+            )
+        return self.tensors[tensor].chosen
+
+
+def table_key(
+    graph: onnx.ModelProto,
+    digests: Iterable[str],
+    spec: InputSpec,
+    settings: CalibrationSettings,
+) -> TableKey:
+    """The key of the table that these inputs would give."""
+    method: str = settings.method
+    if settings.method == "percentile":
+        method += f" {settings.percentile!r}"
+    return TableKey(
+        graph=graph_sha256(graph),
+        images=hashlib.sha256("\n".join(digests).encode()).hexdigest(),
+        preprocessing=hashlib.sha256(msgspec.json.encode(spec)).hexdigest(),
+        method=method,
+    )
+
+
+def graph_sha256(model: onnx.ModelProto) -> str:
+    """Digest of what a model computes: notes for people and tools do not count."""
+    bare = onnx.ModelProto()
+    bare.opset_import.extend(model.opset_import)
+    bare.graph.CopyFrom(model.graph)
+    bare.graph.ClearField("doc_string")
+    bare.graph.ClearField("metadata_props")
+    del bare.graph.value_info[:]
+    for node in bare.graph.node:
+        node.ClearField("doc_string")
+        node.ClearField("metadata_props")
+    return hashlib.sha256(bare.SerializeToString(deterministic=True)).hexdigest()
+
+
+def differences(expected: TableKey, found: TableKey) -> tuple[str, ...]:
+    """The parts in which two keys differ; empty if the table can be used again."""
+    return tuple(
+        name
+        for name in TableKey.__struct_fields__
+        if getattr(expected, name) != getattr(found, name)
+    )
+
+
+def write_table(path: Path, table: Table) -> None:
+    """Write ``table`` as readable JSON, atomically."""
+    atomic.write_bytes(path, msgspec.json.format(msgspec.json.encode(table), indent=1) + b"\n")
+
+
+def read_table(path: Path) -> Table:
+    """Read what write_table wrote.
+
+    Raises ExportError if the file is missing or is not such a table.
+    """
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Table)
+    except FileNotFoundError as error:
+        raise ExportError(f"{path}: no such table; run `python -m calibration RECIPE`") from error
+    except (msgspec.DecodeError, OSError) as error:
+        raise ExportError(
+            f"{path}: not a calibration table ({error}); delete it and calibrate again"
+        ) from error
