@@ -39,6 +39,9 @@ class Overflow(NamedTuple):
     largest: float
     """Largest magnitude of its elements."""
 
+    def __str__(self) -> str:
+        return f"{self.initializer} reaches {self.largest:g}, half ends at {FLOAT16_MAX:g}"
+
 
 def to_float16(model: onnx.ModelProto, keep_float32: Collection[str] = ()) -> onnx.ModelProto:
     """A copy of ``model`` that computes in float16, with the same inputs and outputs.
@@ -99,7 +102,7 @@ class _Conversion:
         self.initializers = {tensor.name: tensor for tensor in model.graph.initializer}
         self.outputs = [value.name for value in model.graph.output]
         self.half: dict[str, str] = {}
-        self.single = {name: name for name in self.initializers}
+        self.single: dict[str, str] = {name: name for name in self.initializers}
         self.single |= {value.name: value.name for value in model.graph.input}
         self.nodes: list[onnx.NodeProto] = []
 
