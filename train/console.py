@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -22,6 +23,8 @@ from rich.table import Table
 T = TypeVar("T")
 
 console = Console(stderr=True, highlight=False)
+if not console.is_terminal:
+    console.width = 100  # a log file has no width; 80 would break the tables
 
 
 def say(text: str) -> None:
@@ -70,9 +73,11 @@ def fraction(label: str) -> Iterator[Callable[[float, str], None]]:
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A small table; the first column is left-aligned, the others right."""
-    grid = Table(title=title, title_justify="left", title_style="bold")
+    grid = Table(
+        title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False
+    )
     for index, column in enumerate(columns):
-        grid.add_column(column, justify="left" if index == 0 else "right")
+        grid.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
     for row in rows:
         grid.add_row(*row)
     console.print(grid)

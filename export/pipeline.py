@@ -1,0 +1,379 @@
+"""The order of export's steps: graph, parity, calibration, forms, gate, engines, bundle.
+
+What fails the gate is not in the bundle, and ``release.json`` says why. If the fp32 graph does
+not match the checkpoint nothing is released at all.
+"""
+
+import hashlib
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+import torch
+
+from calibration import calibrate, check_kernels, onnxruntime_dialect, tensorrt_dialect
+from calibration.quantize import Emitted
+from calibration.table import Table
+from export.engines import EngineProof, prove_engine
+from export.float16 import overflows, to_float16
+from export.gate import judge
+from export.golden import choose_golden
+from export.onnx_graph import stem_of, to_onnx
+from export.parity import check_batches, check_checkpoint, measure, run
+from export.write_bundle import GOLDEN, encode_golden, make_manifest, write_bundle
+from runtime import atomic
+from runtime.benchmark import interleave
+from runtime.dataset import Dataset, Example, read_dataset
+from runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
+from runtime.errors import DataError
+from runtime.manifest import Artifact, Quality
+from runtime.recipe import Recipe
+from runtime.version import __version__
+from train import console
+from train.checkpoint import CheckpointFacts, read_checkpoint
+from train.device import choose_device
+from train.features import predict
+from train.pipeline import CACHE
+from train.pixels import load_pixels
+
+SAMPLES = 6
+"""Held-out images copied to ``samples/`` for `make run`."""
+
+
+class Attempt(msgspec.Struct, frozen=True, kw_only=True):
+    """One rung of a form's precision ladder."""
+
+    form: str
+    kept_float: tuple[str, ...]
+    """Convolutions that were left float on purpose."""
+    quality: Quality
+    passed: bool
+    reason: str
+
+
+class FormReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of one form; the last attempt is the one that was released, if any was."""
+
+    form: str
+    released: bool
+    reason: str
+    bytes: int
+    attempts: tuple[Attempt, ...]
+    engine: EngineProof | None = None
+    kernels: dict[str, int] = {}
+    """Operators that onnxruntime runs after its own optimisation (int8-cpu)."""
+    relative_speed: float | None = None
+    """Against fp32 on onnxruntime CPU, one thread, batch 1, interleaved CPU time."""
+
+
+class Release(msgspec.Struct, frozen=True, kw_only=True):
+    """``release.json``: how the bundle came to be."""
+
+    name: str
+    version: str
+    field: str
+    """The domain that artifacts were judged on: its test images."""
+    reference: Quality
+    """The torch checkpoint itself on the same images."""
+    parity_db: float
+    forms: tuple[FormReport, ...]
+    checkpoint_sha256: str
+    recipe_sha256: str
+    dataset_sha256: str
+    seed: int
+    seconds: float
+    machine: str
+    versions: dict[str, str]
+    git: str | None
+
+
+def export(recipe: Recipe) -> Release:
+    """Prove the checkpoint of ``recipe`` in every form and write its bundle.
+
+    Raises DataError if training has not run or does not belong to this recipe, ExportError if
+    the graph is not the checkpoint (nothing is released then).
+    """
+    return _Job(recipe).run()
+
+
+class _Job:
+    """One export: what every form shares."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.started = time.monotonic()
+        self.recipe = recipe
+        self.dataset = read_dataset(recipe.build / "train" / "images.json")
+        self.path = recipe.build / "train" / "checkpoint.safetensors"
+        self.model, self.facts = read_checkpoint(self.path)
+        _check_same_recipe(recipe, self.facts)
+        self.held_out = self.dataset.select(self.dataset.field, "test")
+        if len(self.held_out) < 2:
+            raise DataError("the field's test split has fewer than 2 images to judge by")
+        self.labels = np.array([self.dataset.label_index(e) for e in self.held_out], dtype=np.int64)
+        self.images = load_pixels(self.held_out, recipe.input, CACHE)
+        device = choose_device()
+        self.model.to(device.torch)
+        self.logits = predict(
+            self.model, self.images, device, lambda i, n: console.track(i, "checkpoint", n)
+        )
+        self.model.to("cpu")
+        self.reference = measure(self.logits, self.logits, self.labels, seed=recipe.seed)
+        self.files: dict[str, bytes] = {}
+        self.reports: list[FormReport] = []
+
+    def run(self) -> Release:
+        recipe = self.recipe
+        with console.console.status("exporting to ONNX"):
+            graph = to_onnx(self.model, self.facts)
+        parity = self._fp32(graph)
+        table = self._calibrate(graph)
+        builders: dict[str, Callable[[], FormReport]] = {
+            "fp16": lambda: self._fp16(graph),
+            "int8": lambda: self._int8("int8", graph, table),
+            "int8-cpu": lambda: self._int8("int8-cpu", graph, table),
+        }
+        for form in recipe.export.forms:
+            self.reports.append(builders[form]())
+        self._time_forms()
+        release = Release(
+            name=recipe.name,
+            version=recipe.export.version,
+            field=self.dataset.field,
+            reference=self.reference,
+            parity_db=parity,
+            forms=tuple(self.reports),
+            checkpoint_sha256=hashlib.sha256(self.path.read_bytes()).hexdigest(),
+            recipe_sha256=recipe.sha256,
+            dataset_sha256=self.dataset.sha256,
+            seed=recipe.seed,
+            seconds=time.monotonic() - self.started,
+            machine=platform.machine(),
+            versions={
+                "fieldfit": __version__,
+                "onnx": onnx.__version__,
+                "onnxruntime": onnxruntime.__version__,
+                "python": platform.python_version(),
+                "torch": str(torch.__version__),
+            },
+            git=_git_revision(),
+        )
+        self._write(release)
+        return release
+
+    def _fp32(self, graph: onnx.ModelProto) -> float:
+        data = graph.SerializeToString()
+        with OnnxRuntimeEngine(data, form="fp32") as engine:
+            logits = self._logits(engine)
+            parity = check_checkpoint(self.logits, logits)
+            check_batches(engine, np.asarray(self.images[:33]))
+        quality = measure(self.logits, logits, self.labels, seed=self.recipe.seed)
+        self.files["fp32.onnx"] = data
+        reason = f"is the checkpoint ({parity:.0f} dB), batches 1, 2, 5 and 33 agree"
+        attempt = Attempt(form="fp32", kept_float=(), quality=quality, passed=True, reason=reason)
+        self.reports.append(
+            FormReport(
+                form="fp32", released=True, reason=reason, bytes=len(data), attempts=(attempt,)
+            )
+        )
+        return parity
+
+    def _calibrate(self, graph: onnx.ModelProto) -> Table | None:
+        recipe = self.recipe
+        if not {"int8", "int8-cpu"} & set(recipe.export.forms):
+            return None
+        candidates = self.dataset.select(self.dataset.field, "train")
+        folder = recipe.build / "calibration"
+        atomic.write_bytes(folder / "fp32.onnx", self.files["fp32.onnx"])
+        done = calibrate(
+            graph,
+            candidates,
+            self.dataset.classes,
+            recipe.input,
+            recipe.calibration,
+            seed=recipe.seed,
+            folder=folder,
+            features=self._features(candidates),
+            track=lambda items: console.track(items, "calibration"),
+        )
+        console.say(
+            f"calibration: {done.table.images} of {len(candidates)} {self.dataset.field} training "
+            f"images; {'table used again' if done.reused else 'table measured'}: {done.reason}"
+        )
+        return done.table
+
+    def _features(self, examples: Sequence[Example]) -> npt.NDArray[np.float32]:
+        """Features ``[N, D]`` by which calibration spreads its choice."""
+        pixels = load_pixels(examples, self.recipe.input, CACHE)
+        starts = range(0, len(pixels), 16)
+        with OnnxRuntimeEngine(self.files["fp32.onnx"], form="fp32") as engine:
+            rows = [
+                engine.infer(np.asarray(pixels[start : start + 16])).features
+                for start in console.track(starts, "features of calibration candidates")
+            ]
+        return np.concatenate(rows)
+
+    def _fp16(self, graph: onnx.ModelProto) -> FormReport:
+        if too_large := overflows(graph):
+            reason = f"{len(too_large)} constants overflow float16, first: {too_large[0]}"
+            return FormReport(form="fp16", released=False, reason=reason, bytes=0, attempts=())
+        model = to_float16(graph)
+        convolutions = [node.name for node in graph.graph.node if node.op_type == "Conv"]
+        return self._judge("fp16", model, convolutions, ())
+
+    def _int8(self, form: str, graph: onnx.ModelProto, table: Table | None) -> FormReport:
+        """Climb: everything in INT8 first, then the convolution that sees the image left float."""
+        assert table is not None
+        dialect = tensorrt_dialect if form == "int8" else onnxruntime_dialect
+        attempts: list[Attempt] = []
+        report: FormReport | None = None
+        stem = stem_of(graph)
+        for kept_float in ((), (stem,)) if stem else ((),):
+            emitted: Emitted = dialect.emit(graph, table, float_nodes=kept_float)
+            report = self._judge(form, emitted.model, emitted.quantized, kept_float, emitted)
+            attempts += report.attempts
+            if report.released:
+                break
+        assert report is not None
+        return msgspec.structs.replace(report, attempts=tuple(attempts))
+
+    def _judge(
+        self,
+        form: str,
+        model: onnx.ModelProto,
+        intended: Sequence[str],
+        kept_float: tuple[str, ...],
+        emitted: Emitted | None = None,
+    ) -> FormReport:
+        data = model.SerializeToString()
+        with OnnxRuntimeEngine(data, form=form) as engine:
+            logits = self._logits(engine)
+        quality = measure(self.logits, logits, self.labels, seed=self.recipe.seed)
+        if np.isfinite(logits).all():
+            passed, reason = judge(quality, self.reference, self.recipe.gate)
+        else:
+            passed, reason = False, "logits are not finite (overflow)"
+        kernels: dict[str, int] = {}
+        proof = None
+        if passed and form == "int8-cpu" and emitted is not None:
+            kernels = dict(check_kernels(emitted))
+        elif passed:
+            with console.fraction(f"{form}: TensorRT engine") as progress:
+                proof = prove_engine(data, form, self.recipe.input.shape, intended, progress)
+            if not proof.passed:
+                passed, reason = False, proof.reason
+        attempt = Attempt(
+            form=form, kept_float=kept_float, quality=quality, passed=passed, reason=reason
+        )
+        console.say(
+            f"{form}{' with ' + ', '.join(kept_float) + ' float' if kept_float else ''}: "
+            f"{'passed' if passed else 'refused'}: {reason}"
+        )
+        if passed:
+            self.files[f"{form}.onnx"] = data
+        return FormReport(
+            form=form,
+            released=passed,
+            reason=reason,
+            bytes=len(data),
+            attempts=(attempt,),
+            engine=proof,
+            kernels=kernels,
+        )
+
+    def _logits(self, engine: OnnxRuntimeEngine) -> npt.NDArray[np.float32]:
+        starts = range(0, len(self.images), 16)
+        label = f"{engine.form}: held-out images"
+        rows = [
+            run(engine, np.asarray(self.images[start : start + 16]))
+            for start in console.track(starts, label)
+        ]
+        return np.concatenate(rows)
+
+    def _time_forms(self) -> None:
+        """Speed on a CPU is known here; what TensorRT makes of its forms only the device knows."""
+        forms = [f for f in ("fp32", "int8-cpu") if f"{f}.onnx" in self.files]
+        engines = [
+            OnnxRuntimeEngine(self.files[f"{form}.onnx"], form=form, threads=1) for form in forms
+        ]
+        with console.console.status("timing fp32 against int8-cpu"):
+            timings = interleave(engines, np.asarray(self.images[:1]), seconds=4.0)
+        speeds = {timing.form: timing.relative_speed for timing in timings}
+        self.reports = [
+            msgspec.structs.replace(report, relative_speed=speeds.get(report.form))
+            for report in self.reports
+        ]
+
+    def _write(self, release: Release) -> None:
+        recipe = self.recipe
+        released = [report for report in self.reports if report.released]
+        rows = choose_golden(self.logits, recipe.export.golden)
+        images = np.asarray(self.images)[rows]
+        golden = {}
+        for report in released:
+            with OnnxRuntimeEngine(self.files[f"{report.form}.onnx"], form=report.form) as engine:
+                golden[report.form] = run(engine, images, batch=1)
+        self.files[GOLDEN] = encode_golden(images, golden)
+        artifacts = [
+            Artifact(
+                form=report.form,  # type: ignore[arg-type]
+                file=f"{report.form}.onnx",
+                quality=report.attempts[-1].quality,
+                relative_speed=report.relative_speed,
+            )
+            for report in released
+        ]
+        manifest = make_manifest(
+            recipe, self.facts, release.checkpoint_sha256, artifacts, self.files
+        )
+        archive = recipe.build / f"{recipe.name}-{recipe.export.version}.zip"
+        write_bundle(recipe.build / "bundle", archive, manifest, self.files)
+        atomic.write_bytes(
+            recipe.build / "release.json",
+            msgspec.json.format(msgspec.json.encode(release), indent=1),
+        )
+        _write_samples(recipe.build / "samples", self.dataset, self.held_out)
+
+
+def _check_same_recipe(recipe: Recipe, facts: CheckpointFacts) -> None:
+    """The checkpoint must be of this input and model, or the bundle would lie about both."""
+    for table in ("input", "model"):
+        if getattr(recipe, table) != getattr(facts, table):
+            raise DataError(
+                f"the checkpoint was trained with another [{table}]; run `make train` again"
+            )
+
+
+def _write_samples(folder: Path, dataset: Dataset, held_out: Sequence[Example]) -> None:
+    """A few held-out images under their labels' names, for a first run."""
+    chosen: list[Example] = []
+    for name in (*dataset.classes, None):
+        chosen += [e for e in held_out if e.label == name][: SAMPLES // len(dataset.classes)]
+    with atomic.replacing_folder(folder) as temporary:
+        for index, example in enumerate(chosen[:SAMPLES], 1):
+            source = Path(example.path)
+            shutil.copyfile(
+                source, temporary / f"{example.label or 'field'}-{index}{source.suffix}"
+            )
+
+
+def _git_revision() -> str | None:
+    """Revision of the working directory, if it is a checkout and git is there."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None

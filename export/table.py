@@ -1,0 +1,45 @@
+"""The table at the end of an export: what each form costs and gains, and the verdict."""
+
+from export.pipeline import FormReport, Release
+from runtime.manifest import Quality
+from train import console
+
+# fmt: off
+COLUMNS = (
+    "form", "MB", "accuracy", "worst recall", "agrees", "SQNR dB", "CPU speed", "TensorRT",
+    "verdict",
+)
+# fmt: on
+
+
+def show(release: Release) -> None:
+    """Print the table and, below it, the reason of everything that was refused."""
+    title = (
+        f"{release.name} {release.version} on {release.reference.samples} held-out "
+        f"{release.field} images"
+    )
+    rows = [["checkpoint", "", *_quality(release.reference), "", "", "reference"]]
+    rows += [_row(report) for report in release.forms]
+    console.table(title, COLUMNS, rows)
+    for report in release.forms:
+        if not report.released:
+            console.say(f"{report.form} is not in the bundle: {report.reason}")
+        elif report.engine is not None and not report.engine.built:
+            console.say(f"{report.form}: no engine was built: {report.engine.reason}")
+
+
+def _row(report: FormReport) -> list[str]:
+    quality = _quality(report.attempts[-1].quality) if report.attempts else ["-"] * 4
+    speed = "" if report.relative_speed is None else f"{report.relative_speed:.2f}x"
+    engine = "" if report.engine is None else report.engine.summary
+    verdict = "ships" if report.released else "refused"
+    return [report.form, f"{report.bytes / 1e6:.1f}", *quality, speed, engine, verdict]
+
+
+def _quality(quality: Quality) -> list[str]:
+    sqnr = "" if quality.sqnr_db >= 200 else f"{quality.sqnr_db:.1f}"
+    return [_share(quality.accuracy), _share(quality.worst_recall), _share(quality.agreement), sqnr]
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"

@@ -1,0 +1,75 @@
+"""Lay the bundle down: a folder and the zip of it, both whole or not at all.
+
+It opens what it wrote as a device would before it calls it done.
+"""
+
+import hashlib
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime import atomic
+from runtime.bundle import MANIFEST, Bundle, encode_zip
+from runtime.manifest import FORMAT, Artifact, FileEntry, Manifest, encode
+from runtime.recipe import Recipe
+from runtime.version import __version__
+from train.checkpoint import CheckpointFacts
+
+GOLDEN = "golden.npz"
+
+
+def encode_golden(
+    images: npt.NDArray[np.uint8], logits: Mapping[str, npt.NDArray[np.float32]]
+) -> bytes:
+    """Golden samples as npz bytes: ``images`` and ``logits.FORM``."""
+    buffer = io.BytesIO()
+    arrays = {f"logits.{form}": values for form, values in logits.items()}
+    np.savez(buffer, images=images, **arrays)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def make_manifest(
+    recipe: Recipe,
+    facts: CheckpointFacts,
+    checkpoint_sha256: str,
+    artifacts: Sequence[Artifact],
+    files: Mapping[str, bytes],
+) -> Manifest:
+    """The manifest of a bundle with these ``files``, without its digest."""
+    return Manifest(
+        format=FORMAT,
+        name=recipe.name,
+        version=recipe.export.version,
+        labels=facts.classes,
+        input=facts.input,
+        artifacts=tuple(artifacts),
+        files=tuple(
+            FileEntry(name=name, sha256=hashlib.sha256(data).hexdigest(), size=len(data))
+            for name, data in sorted(files.items())
+        ),
+        golden=GOLDEN,
+        temperature=facts.temperature,
+        minimum_runtime=__version__,
+        recipe_sha256=recipe.sha256,
+        checkpoint_sha256=checkpoint_sha256,
+    )
+
+
+def write_bundle(
+    folder: Path, archive: Path, manifest: Manifest, files: Mapping[str, bytes]
+) -> None:
+    """Write ``folder`` and ``archive``, replacing older ones.
+
+    The zip comes first: it is the copy that leaves the workstation, and the folder is made of
+    the same bytes.
+    """
+    contents = {MANIFEST: encode(manifest), **files}
+    atomic.write_bytes(archive, encode_zip(contents))
+    with atomic.replacing_folder(folder) as temporary:
+        for name, data in contents.items():
+            (temporary / name).write_bytes(data)
+        Bundle.open(temporary)
+    Bundle.open(archive)
