@@ -343,3 +343,12 @@ def test_explicit_splits_may_part_duplicates_and_are_reported(
     copies = [e for e in dataset.examples if Path(e.path).name in ("0000.png", "copy.png")]
     assert {"train", "test"} <= {e.split for e in copies}
     assert len(dataset.duplicates) == 1
+
+
+def test_relative_places_become_absolute(
+    tmp_path: Path, pictures: WriteDomain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures(tmp_path / "source", {"bad": 1})
+    monkeypatch.chdir(tmp_path)
+    (only,) = list_domain("source", "target").candidates
+    assert only.path == str(tmp_path / "source" / "bad" / "0000.png")

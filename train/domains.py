@@ -78,7 +78,7 @@ def list_domain(place: str, domain: Domain) -> Listing:
     """
     if is_embedded(place):
         return _list_elpv(place, domain)
-    path = Path(place)
+    path = Path(place).absolute()  # for the cache, and for rooms that run elsewhere
     if path.is_dir():
         return _list_folder(path, domain)
     if path.is_file() and path.suffix.lower() == ".csv":
