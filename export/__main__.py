@@ -10,7 +10,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from runtime.errors import FieldfitError
+from runtime.command import run_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,19 +26,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print release.json at the end")
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="export: %(message)s")
-    try:
-        return _run(options)
-    except FieldfitError as error:
-        print(f"export: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("export: interrupted; nothing was released, run it again", file=sys.stderr)
-        return 130
-    except OSError as error:
-        if error.errno is None:
-            raise
-        print(f"export: {error.strerror}: {error.filename or 'writing results'}", file=sys.stderr)
-        return 1
+    return run_command(
+        "export",
+        lambda: _run(options),
+        interrupted="interrupted; nothing was released, run it again",
+    )
 
 
 def _run(options: argparse.Namespace) -> int:

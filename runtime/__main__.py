@@ -8,13 +8,13 @@ import argparse
 import glob
 import json
 import logging
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 
+from runtime.command import run_command
 from runtime.errors import DataError, FieldfitError
 from runtime.version import __version__
 
@@ -26,18 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="fieldfit: %(message)s")
     verb: Callable[[argparse.Namespace], int] = options.verb
-    try:
-        return verb(options)
-    except FieldfitError as error:
-        print(f"fieldfit: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("fieldfit: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # `fieldfit classify ... | head` is no error
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-        sys.stderr.close()
-        return 0
+    return run_command("fieldfit", lambda: verb(options))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         "verify",
         _verify,
         "check every byte of a bundle and replay its golden samples",
-        "Check every byte before anything is parsed, then open each form that runs on this "
+        "Check every byte before anything is parsed, then run each form on this "
         "machine's CPU and compare its answers with those recorded at export.",
         "fieldfit verify solar-0.1.0.zip",
     )
@@ -175,7 +164,7 @@ def _verify(options: argparse.Namespace) -> int:
     bundle = Bundle.open(options.bundle)
     golden = bundle.golden()
     steps = []
-    for form in (a.form for a in bundle.manifest.artifacts if a.form in ("fp32", "int8-cpu")):
+    for form in (artifact.form for artifact in bundle.manifest.artifacts):
         step, engine, _ = try_form(bundle, form, None, golden)
         steps.append(step)
         if engine is not None:

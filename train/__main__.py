@@ -9,8 +9,12 @@ import json
 import sys
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from runtime.errors import FieldfitError
+from runtime.command import run_command
+
+if TYPE_CHECKING:
+    from train.pipeline import Training
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,36 +28,27 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("recipe", type=Path, help="the TOML file with the whole configuration")
     parser.add_argument("--json", action="store_true", help="print training.json at the end")
     options = parser.parse_args(argv)
-    try:
-        return _run(options)
-    except FieldfitError as error:
-        print(f"train: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("train: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
-    except OSError as error:
-        if error.errno is None:
-            raise
-        print(f"train: {error.strerror}: {error.filename or 'writing results'}", file=sys.stderr)
-        return 1
+    return run_command(
+        "train",
+        lambda: _run(options),
+        interrupted="interrupted; the same command goes on from here",
+    )
 
 
 def _run(options: argparse.Namespace) -> int:
-    from runtime.recipe import load_recipe
+    from runtime.recipe import is_embedded, load_recipe
 
     recipe = load_recipe(options.recipe)  # before torch, whose import takes seconds
     import msgspec
 
     from train import console
     from train.domains import ELPV_LICENCE
-    from train.pipeline import Training, train
+    from train.pipeline import train
 
     # Warnings of other packages' internals are nothing that a user of ours can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|timm)\.")
-    if "elpv" in (recipe.data.source, *(recipe.data.target or "").split(":")):
+    if is_embedded(recipe.data.source) or is_embedded(recipe.data.target or ""):
         console.say(ELPV_LICENCE)
-    training: Training
     training, done = train(recipe)
     _show(training)
     if not done:
@@ -64,11 +59,9 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _show(training: "object") -> None:
+def _show(training: "Training") -> None:
     from train import console
-    from train.pipeline import Training
 
-    assert isinstance(training, Training)
     field = training.decided_on.split()[0]
     both = "target-test" in training.rungs[0].scores
     columns = ["rung", f"decided on {training.decided_on}", f"{field} test accuracy", "AUC"]

@@ -69,15 +69,20 @@ def _write(
             f"{path.parent}: {needed / 2**30:.1f} GiB are needed for {len(examples):,} decoded "
             f"images, {free / 2**30:.1f} GiB are free; make room or use a smaller [input] size"
         )
-    with atomic.replacing_file(path) as temporary, ThreadPoolExecutor(THREADS) as pool:
-        array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
+    # Written in order, not through a memory map: on a full disk that would be a bus error.
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    with (
+        atomic.replacing_file(path) as temporary,
+        temporary.open("wb") as file,
+        ThreadPoolExecutor(THREADS) as pool,
+    ):
+        np.lib.format.write_array_header_1_0(file, header)
         decoded: Iterable[UInt8] = pool.map(lambda e: preprocess(e.path, spec), examples)
         if track is not None:
             decoded = track(decoded, len(examples))
         try:
-            for index, picture in enumerate(decoded):
-                array[index] = picture
+            for picture in decoded:
+                file.write(picture.tobytes())
         except BaseException:
             pool.shutdown(cancel_futures=True)  # Ctrl-C must not wait for the rest
             raise
-        array.flush()

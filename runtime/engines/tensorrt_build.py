@@ -158,7 +158,7 @@ def _parse(
         flags |= 1 << int(known.EXPLICIT_BATCH)
     network = builder.create_network(flags)
     parser = trt.OnnxParser(network, logger(library))
-    if not parser.parse(model):
+    if not model or not parser.parse(model):  # no bytes are a valid, empty message
         errors = [_describe(parser.get_error(index)) for index in range(parser.num_errors)]
         raise EngineError(
             f"{library.flavour} {library.version}: cannot read the ONNX graph: "

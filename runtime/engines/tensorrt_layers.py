@@ -36,7 +36,9 @@ class Layer(NamedTuple):
 
 def parse_layers(message: str) -> tuple[Layer, ...]:
     """The kernels in a ``Layers:`` message, in the order they run."""
-    return tuple(_parse_layer(line) for line in message.splitlines() if line.startswith("Name: "))
+    # Not splitlines: TensorRT separates node names by \x1e, which that takes for a line's end.
+    lines = message.split("\n")
+    return tuple(_parse_layer(line) for line in lines if line.startswith("Name: "))
 
 
 def _parse_layer(line: str) -> Layer:

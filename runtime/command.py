@@ -1,0 +1,47 @@
+"""How every command of every room ends: its exit code, and one line where something went wrong.
+
+0 success, 1 an error that the user can mend, 2 wrong usage (argparse), 130 interrupted. Anything
+else is a bug and keeps its traceback.
+"""
+
+import errno
+import signal
+import sys
+from collections.abc import Callable
+
+from runtime.errors import FieldfitError
+
+MACHINE_ERRORS = {
+    errno.ENOSPC: "the disk is full; make room and run the same command again",
+    errno.EDQUOT: "the disk quota is used up; make room and run the same command again",
+    errno.EFBIG: "the file may not grow so large here; raise the limit (ulimit -f)",
+    errno.EACCES: "no permission; check who owns the folder",
+    errno.EPERM: "no permission; check who owns the folder",
+    errno.EROFS: "the file system is read-only",
+}
+"""What a machine can refuse to any program: no bug of ours, and no traceback helps."""
+
+
+def run_command(program: str, run: Callable[[], int], *, interrupted: str = "interrupted") -> int:
+    """Call ``run`` and return its exit code, or that of what it raised.
+
+    ``interrupted`` is what Ctrl-C leaves behind, in words.
+    """
+    try:
+        return run()
+    except FieldfitError as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        print(f"{program}: {interrupted}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `fieldfit classify ... | head` is no error
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+        sys.stderr.close()
+        return 0
+    except OSError as error:
+        if error.errno not in MACHINE_ERRORS:
+            raise
+        place = error.filename or "writing results"
+        message = f"{place}: {error.strerror}: {MACHINE_ERRORS[error.errno]}"
+    print(f"{program}: {message}", file=sys.stderr)
+    return 1
