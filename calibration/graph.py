@@ -163,6 +163,10 @@ class Graph:
         """The float tensors that ``node`` makes."""
         return [t for t in node.output if t in self._floats]
 
+    def convs(self) -> list[Conv]:
+        """All convolutions with constant weights, in graph order."""
+        return [conv for node in self.nodes.values() if (conv := self.conv(node))]
+
     def conv(self, node: onnx.NodeProto) -> Conv | None:
         """``node`` as a Conv; None if it is none or its weights are computed."""
         if node.op_type != "Conv":
@@ -269,15 +273,13 @@ class Graph:
         return float(others[0].reshape(()))
 
     def observable(self) -> tuple[str, ...]:
-        """Every tensor that either dialect may quantize and whose range must be measured.
+        """Every tensor that either dialect may quantize.
 
         What a Relu or Clip at zero cuts off is left out: only the result is ever quantized.
-        The normalised image is too: its range is known.
         """
         quantizable = RANGE_PRESERVING_OPS | ARITHMETIC_OPS | {"Conv"}
         wanted: dict[str, None] = {}
-        first = self.preprocessing()
-        skipped = set(first.nodes)
+        skipped = set(self.preprocessing().nodes)
         for node in self.model.graph.node:
             if node.name in skipped or node.op_type not in quantizable:
                 continue
@@ -286,7 +288,7 @@ class Graph:
                 clipping = self.clipping_after(tensor)
                 absorbed = clipping is not None and clipping.low == 0.0
                 wanted[clipping.output if clipping and absorbed else tensor] = None
-        return tuple(tensor for tensor in wanted if tensor != first.output)
+        return tuple(wanted)
 
 
 def check_input(preprocessing: Preprocessing, spec: InputSpec) -> None:

@@ -35,6 +35,7 @@ from calibration.quantize import (
     Scale,
     Writer,
     asymmetric,
+    corrected_bias,
     quantize_bias,
     quantize_weight,
     room_for_bias,
@@ -48,17 +49,24 @@ _UNIT = Scale(np.float32(1 / 255), np.uint8(0))
 """Of values from 0 to 1."""
 
 
-def emit(graph: onnx.ModelProto, table: Table, *, float_nodes: Collection[str] = ()) -> Emitted:
+def emit(
+    graph: onnx.ModelProto,
+    table: Table,
+    *,
+    float_nodes: Collection[str] = (),
+    correct_bias: bool = True,
+) -> Emitted:
     """``graph`` with the convolutions, and what lies between them, in 8-bit form.
 
-    ``float_nodes`` names nodes that stay float. ``graph`` is not changed.
+    ``float_nodes`` names nodes that stay float; ``correct_bias`` takes the mean effect of rounding
+    the weights back out of the biases. ``graph`` is not changed.
 
     Raises ExportError if the graph is not what export writes, or the table is another graph's.
     """
     index = Graph(graph)
     check_names(index, float_nodes)
     plan = _plan(index, float_nodes)
-    emitter = _Emitter(index, table, plan)
+    emitter = _Emitter(index, table, plan, correct_bias)
     for node in graph.graph.node:
         emitter.write(node)
     return Emitted(emitter.writer.model(), tuple(plan.convs), plan.kept_float)
@@ -185,8 +193,9 @@ def _gate(node: onnx.NodeProto) -> tuple[float, float]:
 
 
 class _Emitter:
-    def __init__(self, graph: Graph, table: Table, plan: _Plan) -> None:
+    def __init__(self, graph: Graph, table: Table, plan: _Plan, correct_bias: bool) -> None:
         self.graph, self.table, self.plan = graph, table, plan
+        self.correct_bias = correct_bias
         self.writer = Writer(graph)
         self.scales: dict[str, Scale] = {}
         self.dequantized: dict[str, str] = {}
@@ -257,14 +266,18 @@ class _Emitter:
 
     def _weights(self, conv: Conv, names: list[str]) -> Iterable[str]:
         input_scale = self.scales[conv.input].scale
-        scales = weight_scales(conv.weight)
-        if conv.bias is not None:
-            scales = room_for_bias(scales, conv.bias, input_scale)
+        scales, bias = weight_scales(conv.weight), conv.bias
+        if bias is not None:
+            scales = room_for_bias(scales, bias, input_scale)
         weight = quantize_weight(conv.weight, scales)
         yield self.writer.constant_dequantize(names[1], weight, scales)
-        if conv.bias is not None:
+        if self.correct_bias:
+            means = self.table.channel_means(conv.input)
+            bias = corrected_bias(conv, weight, scales, means)
+        if bias is not None:
             unit = input_scale * scales
-            yield self.writer.constant_dequantize(names[2], quantize_bias(conv.bias, unit), unit)
+            name = f"{conv.name}_bias"
+            yield self.writer.constant_dequantize(name, quantize_bias(bias, unit), unit)
 
     def _scale(self, node: onnx.NodeProto, tensor: str) -> Scale:
         if node.name in self.plan.followers and node.op_type in RANGE_PRESERVING_OPS:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
-from calibration.graph import Graph
+from calibration.graph import Conv, Graph
 
 Float32 = npt.NDArray[np.float32]
 
@@ -88,6 +88,25 @@ def quantize_weight(weight: Float32, scales: Float32) -> npt.NDArray[np.int8]:
     """``weight`` ``[O, ...]`` in int8, -127 to 127."""
     steps = weight / scales.reshape(-1, *[1] * (weight.ndim - 1))
     return np.asarray(np.clip(np.rint(steps), -127, 127), dtype=np.int8)
+
+
+def corrected_bias(
+    conv: Conv, quantized: npt.NDArray[np.int8], scales: Float32, means: npt.NDArray[np.float64]
+) -> Float32:
+    """The bias ``[O]`` of ``conv``, less what rounding its weights adds to the mean output.
+
+    ``means`` ``[I]`` are the float graph's mean inputs. Each layer answers for its own weights
+    only, so the corrections need no order and cannot add up. (Nagel et al. 2019,
+    arXiv:1906.04721, section 4.2, with measured instead of modelled means.)
+    """
+    shape = (-1, *[1] * (conv.weight.ndim - 1))
+    error = quantized * scales.astype(np.float64).reshape(shape) - conv.weight
+    # [groups, O / groups, I / groups]: summed over the kernel, since the mean is everywhere.
+    per_input = error.reshape(conv.groups, conv.out_channels // conv.groups, -1, *conv.kernel)
+    per_input = per_input.sum(axis=tuple(range(3, per_input.ndim)))
+    shift = np.einsum("goi,gi->go", per_input, means.reshape(conv.groups, -1)).reshape(-1)
+    bias = np.zeros(conv.out_channels) if conv.bias is None else conv.bias
+    return np.asarray(bias - shift, dtype=np.float32)
 
 
 def quantize_bias(bias: Float32, scales: Float32) -> npt.NDArray[np.int32]:

@@ -62,8 +62,10 @@ class Histogram:
 class Observer:
     """What is remembered of one tensor."""
 
-    def __init__(self, tensor: str, *, histogram: bool) -> None:
+    def __init__(self, tensor: str, *, histogram: bool, channels: bool) -> None:
         self.tensor = tensor
+        self.images = 0
+        self.channel_sums = np.zeros(()) if channels else None
         self.low = float("inf")
         self.high = -float("inf")
         self.histogram = Histogram() if histogram else None
@@ -83,12 +85,23 @@ class Observer:
         self.low, self.high = min(self.low, low), max(self.high, high)
         if self.histogram is not None:
             self.histogram.add(values, max(-low, high))
+        self.images += len(values)
+        if self.channel_sums is not None:
+            per_image = values.reshape(*values.shape[:2], -1).mean(axis=2)
+            self.channel_sums = self.channel_sums + per_image.sum(axis=0, dtype=np.float64)
+
+    @property
+    def channel_means(self) -> tuple[float, ...]:
+        """Mean of each channel ``[C]``, empty if not asked for; six digits are plenty."""
+        if self.channel_sums is None:
+            return ()
+        return tuple(float(f"{value:.6g}") for value in self.channel_sums / self.images)
 
 
 def minmax(observer: Observer) -> TensorRange:
     """The whole observed range."""
     observed = (observer.low, observer.high)
-    return TensorRange(observed=observed, chosen=observed)
+    return TensorRange(observed=observed, chosen=observed, channel_means=observer.channel_means)
 
 
 def percentile(observer: Observer, percent: float) -> TensorRange:
@@ -114,6 +127,7 @@ def percentile(observer: Observer, percent: float) -> TensorRange:
         observed=(observer.low, observer.high),
         chosen=(low, high),
         clipped=(total - inside) / total,
+        channel_means=observer.channel_means,
     )
 
 
@@ -147,7 +161,10 @@ def observe(
     """Watch ``tensors`` while the graph runs over ``batches``."""
     image = graph.preprocessing().image
     session = _session(graph.model, tensors)
-    observers = {name: Observer(name, histogram=histogram) for name in tensors}
+    conv_inputs = {conv.input for conv in graph.convs()}
+    observers = {
+        name: Observer(name, histogram=histogram, channels=name in conv_inputs) for name in tensors
+    }
     seen = 0
     for batch in batches:
         values = session.run(list(tensors), {image: batch})

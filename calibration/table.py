@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 import onnx
 
 from runtime import atomic
@@ -29,6 +31,8 @@ class TensorRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     """Values outside saturate."""
     clipped: float = 0.0
     """Share of the observed values outside ``chosen``, 0 to 1."""
+    channel_means: tuple[float, ...] = ()
+    """Mean of each channel, for the inputs of convolutions: biases are corrected with them."""
 
 
 class TableKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -62,6 +66,18 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
                 "graph; calibrate again"
             )
         return self.tensors[tensor].chosen
+
+    def channel_means(self, tensor: str) -> npt.NDArray[np.float64]:
+        """Mean ``[C]`` of each channel of ``tensor``, the input of a convolution.
+
+        Raises ExportError if the table does not have it.
+        """
+        if tensor not in self.tensors or not self.tensors[tensor].channel_means:
+            raise ExportError(
+                f"the calibration table has no channel means for tensor {tensor!r}: it belongs to "
+                "another graph; calibrate again"
+            )
+        return np.array(self.tensors[tensor].channel_means)
 
 
 def table_key(
@@ -106,8 +122,15 @@ def differences(expected: TableKey, found: TableKey) -> tuple[str, ...]:
 
 
 def write_table(path: Path, table: Table) -> None:
-    """Write ``table`` as readable JSON, atomically."""
-    atomic.write_bytes(path, msgspec.json.format(msgspec.json.encode(table), indent=1) + b"\n")
+    """Write ``table`` as JSON with one tensor a line, atomically."""
+    rows = [f"  {_json(name)}: {_json(tensor)}" for name, tensor in table.tensors.items()]
+    head = [f' "{name}": {_json(getattr(table, name))},' for name in ("key", "images")]
+    lines = ["{", *head, ' "tensors": {', ",\n".join(rows), " }", "}", ""]
+    atomic.write_text(path, "\n".join(lines))
+
+
+def _json(value: object) -> str:
+    return msgspec.json.format(msgspec.json.encode(value), indent=0).decode()
 
 
 def read_table(path: Path) -> Table:

@@ -20,6 +20,7 @@ from calibration.quantize import (
     Emitted,
     Scale,
     Writer,
+    corrected_bias,
     quantize_weight,
     symmetric,
     weight_scales,
@@ -30,10 +31,17 @@ MIN_CHANNELS = 16
 """INT8 tensor cores read channels in groups; below this a float kernel is as fast."""
 
 
-def emit(graph: onnx.ModelProto, table: Table, *, float_nodes: Collection[str] = ()) -> Emitted:
+def emit(
+    graph: onnx.ModelProto,
+    table: Table,
+    *,
+    float_nodes: Collection[str] = (),
+    correct_bias: bool = True,
+) -> Emitted:
     """``graph`` with the convolutions that TensorRT should run in INT8 quantized.
 
-    ``float_nodes`` names nodes that stay float. ``graph`` is not changed.
+    ``float_nodes`` names nodes that stay float; ``correct_bias`` takes the mean effect of rounding
+    the weights back out of the biases. ``graph`` is not changed.
 
     Raises ExportError if the graph is not what export writes, or the table is another graph's.
     """
@@ -65,6 +73,9 @@ def emit(graph: onnx.ModelProto, table: Table, *, float_nodes: Collection[str] =
             scales = weight_scales(conv.weight)
             weight = quantize_weight(conv.weight, scales)
             inputs[1] = writer.constant_dequantize(node.input[1], weight, scales)
+            if correct_bias:
+                bias = corrected_bias(conv, weight, scales, table.channel_means(conv.input))
+                inputs[2:] = [writer.constant(f"{node.name}_bias", bias)]
         writer.copy(node, inputs)
     return Emitted(writer.model(), tuple(convs), kept_float)
 
