@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx
@@ -169,6 +170,39 @@ def test_a_damaged_model_is_one_line(model: bytes, damage: Callable[[bytes], byt
         OnnxRuntimeEngine(damage(model), form="fp32", threads=1)
     assert "\n" not in str(refusal.value)
     assert str(refusal.value).startswith("onnxruntime CPU, fp32: cannot load the model of")
+
+
+def test_a_nearly_dead_channel_keeps_its_bias() -> None:
+    """onnxruntime's optimizer, left on, answers 0 here where 2 is right."""
+    model = tiny_model()
+    channels: dict[str, Any] = {
+        "act": np.array(0.02, np.float32),
+        "out": np.array(0.05, np.float32),
+        "zero": np.array(0, np.int8),
+        "integers": np.full((CHANNELS, CHANNELS, 1, 1), 100, np.int8),
+        "scales": np.array([1e-3, 1e-3, 1e-10], np.float32),
+        "zeros": np.zeros(CHANNELS, np.int8),
+        "biases": np.array([0.5, -0.5, 2.0], np.float32),
+    }
+    node = helper.make_node
+    quantized = [
+        node("QuantizeLinear", ["normalised", "act", "zero"], ["q"]),
+        node("DequantizeLinear", ["q", "act", "zero"], ["dq"]),
+        node("DequantizeLinear", ["integers", "scales", "zeros"], ["kernel"], axis=0),
+        node("Conv", ["dq", "kernel", "biases"], ["convolved"]),
+        node("QuantizeLinear", ["convolved", "out", "zero"], ["q1"]),
+        node("DequantizeLinear", ["q1", "out", "zero"], ["dq1"]),
+    ]
+    rest = list(model.graph.node)
+    rest[4].input[0] = "dq1"
+    nodes = [*rest[:4], *quantized, *rest[4:]]
+    tensors = [numpy_helper.from_array(value, name) for name, value in channels.items()]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    model.graph.initializer.extend(tensors)
+    onnx.checker.check_model(model, full_check=True)
+    engine = OnnxRuntimeEngine(model.SerializeToString(), form="int8", threads=1)
+    np.testing.assert_allclose(engine.infer(pictures(3)).features[:, 2], 2.0, atol=0.05)
 
 
 @pytest.mark.parametrize(
