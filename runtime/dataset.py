@@ -82,5 +82,5 @@ def read_dataset(path: Path) -> Dataset:
         return msgspec.json.decode(path.read_bytes(), type=Dataset)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no list of images; run `python -m train RECIPE` first") from error
-    except (msgspec.DecodeError, OSError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OSError) as error:
         raise DataError(f"{path}: not a list of images: {error}") from error

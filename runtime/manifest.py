@@ -19,8 +19,8 @@ MAX_MANIFEST_BYTES = 1024 * 1024
 MAX_FILE_BYTES = 2 * 1024 * 1024 * 1024
 MAX_FILES = 64
 
-FileName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
-Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}$")]
+FileName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")]
+Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Form = Literal["fp32", "fp16", "int8", "int8-cpu"]
 
 
@@ -108,7 +108,7 @@ def decode(data: bytes) -> Manifest:
         raise BundleError(f"manifest: {len(data):,} bytes, the limit is {MAX_MANIFEST_BYTES:,}")
     try:
         head = msgspec.json.decode(data, type=_FormatOnly)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"manifest: damaged: {error}; copy the bundle again") from error
     if head.format > FORMAT:
         raise BundleError(
@@ -117,7 +117,7 @@ def decode(data: bytes) -> Manifest:
         )
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"manifest: {error}; copy the bundle again") from error
     if encode(manifest) != data:
         raise BundleError("manifest: changed since export (its digest differs); copy it again")

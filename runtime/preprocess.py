@@ -114,7 +114,7 @@ def preprocess(image: ImageLike, spec: InputSpec) -> UInt8:
     picture = decode(image, window=spec.window)
     picture = _to_channels(picture, spec.channels)
     picture = _to_size(picture, spec)
-    array = np.asarray(picture, dtype=np.uint8)
+    array = np.array(picture, dtype=np.uint8)  # a copy: Pillow lends read-only memory
     return array.reshape(spec.shape)
 
 

@@ -100,7 +100,7 @@ class CalibrationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
 class ExportSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """``[export]``: what is released."""
 
-    version: Annotated[str, msgspec.Meta(pattern=r"^[0-9]+(\.[0-9]+)*([a-z0-9.+-]*)$")] = "0.1.0"
+    version: Annotated[str, msgspec.Meta(pattern=r"^[0-9]+(\.[0-9]+)*([a-z0-9.+-]*)\Z")] = "0.1.0"
     forms: tuple[ReleaseForm, ...] = ("fp16", "int8", "int8-cpu")
     """Forms to offer to the gate beside ``fp32``, which is always there."""
     golden: Annotated[int, msgspec.Meta(ge=2, le=64)] = 8
@@ -119,7 +119,7 @@ class GateSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One complete configuration."""
 
-    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")]
     """Results go to ``build/NAME/``."""
     data: DataSettings
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**31)] = 0
@@ -170,7 +170,7 @@ def parse_recipe(text: str, name: str) -> Recipe:
             raise RecipeError("reading recipes on Python 3.10 needs: pip install tomli") from error
     try:
         tables = toml.loads(text)
-    except toml.TOMLDecodeError as error:
+    except (toml.TOMLDecodeError, RecursionError) as error:
         raise RecipeError(f"{name}: not valid TOML: {error}") from error
     try:
         return msgspec.convert(tables, Recipe)

@@ -71,13 +71,7 @@ def test_the_bytes_are_canonical_and_readable() -> None:
         decode(json.dumps(json.loads(encode(MANIFEST))).encode())
 
 
-NOT_UTF8 = pytest.mark.xfail(
-    raises=UnicodeDecodeError, reason="decode lets msgspec's UnicodeDecodeError through"
-)
-NEWLINE = pytest.mark.xfail(reason="the $ of FileName's pattern matches before a last newline")
-
-
-@pytest.mark.parametrize("bit", [*range(7), pytest.param(7, marks=NOT_UTF8)])
+@pytest.mark.parametrize("bit", range(8))
 def test_every_flipped_bit_is_refused(bit: int) -> None:
     data = encode(MANIFEST)
     for position in range(len(data)):
@@ -108,7 +102,6 @@ def test_an_oversized_manifest_is_not_parsed() -> None:
         decode(b" " * (MAX_MANIFEST_BYTES + 1))
 
 
-@pytest.mark.xfail(raises=RecursionError, reason="decode lets msgspec's RecursionError through")
 def test_deep_nesting_is_refused() -> None:
     with pytest.raises(BundleError):
         decode(b'{"format":1,"labels":' + b"[" * 100_000)
@@ -133,7 +126,7 @@ def test_deep_nesting_is_refused() -> None:
         ({"files": (*MANIFEST.files, entry("../etc"))}, "regex"),
         ({"files": (*MANIFEST.files, entry(".hidden"))}, "regex"),
         ({"files": (*MANIFEST.files, entry("a/b"))}, "regex"),
-        pytest.param({"files": (*MANIFEST.files, entry("a\n"))}, "regex", marks=NEWLINE),
+        ({"files": (*MANIFEST.files, entry("a\n"))}, "regex"),
         ({"files": (*MANIFEST.files, FileEntry(name="a", sha256="AB" * 32, size=1))}, "regex"),
         ({"files": (*MANIFEST.files, FileEntry(name="a", sha256="ab" * 32, size=-1))}, ">= 0"),
         ({"temperature": 0.0}, "> 0"),

@@ -73,7 +73,7 @@ REFUSED = [
     ),
     (
         'name = "a b"\n[data]\nsource = "elpv"',
-        "name: expected text, matching ^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$, got 'a b'",
+        "name: expected text, matching ^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\\Z, got 'a b'",
     ),
     # types
     (

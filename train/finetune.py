@@ -9,9 +9,12 @@ Order and reasons: Kumar et al., "Fine-Tuning can Distort Pretrained Features an
 Out-of-Distribution", ICLR 2022 (a fitted head first, then a low rate).
 """
 
+import contextlib
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,7 +58,7 @@ class _State(msgspec.Struct, kw_only=True):
     key: str
     step: int = 0
     best_epoch: int = -1
-    best_score: float = -math.inf
+    best_score: float | None = None
     losses: float = 0.0
     seconds: float = 0.0
     scaler: dict[str, float] = {}
@@ -107,20 +110,27 @@ def fine_tune(
     model.eval()  # BatchNorm and dropout stay as in use; weights are trained all the same
     started = saved = time.monotonic()
     spent = state.seconds
-    try:
+    with _interruptible() as interrupted:
         while state.step < steps:
             epoch, index = divmod(state.step, steps_per_epoch)
-            rows = _order(len(labels), seed, epoch)[
-                index * settings.batch : (index + 1) * settings.batch
-            ]
+            rows = np.sort(
+                _order(len(labels), seed, epoch)[
+                    index * settings.batch : (index + 1) * settings.batch
+                ]
+            )
             rate = _rate(state.step, steps, settings.warmup)
+            images = to_device(pixels[rows], device)
             loss = _step(
-                model, optimizer, scaler, trained, rate, device,
-                _augment(to_device(pixels[np.sort(rows)], device), settings.augment, seed,
-                         state.step),
-                torch.from_numpy(labels[np.sort(rows)]).to(device.torch),
-                torch.from_numpy(weights[np.sort(rows)]).to(device.torch),
-            )  # fmt: skip
+                model,
+                optimizer,
+                scaler,
+                trained,
+                rate,
+                device,
+                _augment(images, settings.augment, seed, state.step),
+                torch.from_numpy(labels[rows]).to(device.torch),
+                torch.from_numpy(weights[rows]).to(device.torch),
+            )
             state.losses += loss
             state.step += 1
             state.seconds = spent + time.monotonic() - started
@@ -132,24 +142,47 @@ def fine_tune(
                     score=validate(model),
                     seconds=state.seconds,
                 )
-                model.eval()
                 state.losses = 0.0
                 state.history.append(done)
-                if done.score > state.best_score:
+                if state.best_score is None or done.score > state.best_score:
                     state.best_score, state.best_epoch = done.score, done.epoch
                     best = {n: p.detach().clone() for n, p in trained.items()}
                 watch.epoch(done)
-            if time.monotonic() - saved > SAVE_EVERY_S:
+            if interrupted() or time.monotonic() - saved > SAVE_EVERY_S:
                 _save(state_path, state, trained, best, optimizer, scaler)
                 saved = time.monotonic()
-    except KeyboardInterrupt:
-        _save(state_path, state, trained, best, optimizer, scaler)
-        raise
+            if interrupted():
+                raise KeyboardInterrupt
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(best[name])
     model.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return state.history
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Hold Ctrl-C back until a step is whole; a second one does not wait.
+
+    Between the optimizer's update and the count of steps, an interruption would save a state in
+    which a step is done but not counted.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    heard = False
+    usual = signal.getsignal(signal.SIGINT)
+
+    def hear(number: int, frame: object) -> None:
+        nonlocal heard
+        heard = True
+        signal.signal(signal.SIGINT, usual)
+
+    signal.signal(signal.SIGINT, hear)
+    try:
+        yield lambda: heard
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 def _optimizer(trained: Mapping[str, Tensor], settings: TrainSettings) -> torch.optim.AdamW:
