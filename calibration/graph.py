@@ -179,6 +179,16 @@ class Graph:
         groups = int(attributes(node).get("group", 1))
         return Conv(node.name, node.input[0], node.output[0], weight, bias, groups)
 
+    def behind(self, tensor: str) -> str:
+        """The tensor to quantize for ``tensor``: that behind a Relu or Clip at zero, if any.
+
+        Such an activation costs nothing: saturation with zero point 0 does the same.
+        """
+        clipping = self.clipping_after(tensor)
+        if clipping is None or clipping.low != 0.0 or clipping.output in self.outputs:
+            return tensor
+        return clipping.output
+
     def clipping_after(self, tensor: str) -> Clipping | None:
         """The Relu or Clip that alone reads ``tensor``, if there is one."""
         readers = self.consumers(tensor)
@@ -284,10 +294,7 @@ class Graph:
             if node.name in skipped or node.op_type not in quantizable:
                 continue
             wanted.update(dict.fromkeys(self.data_inputs(node)))
-            for tensor in self.data_outputs(node):
-                clipping = self.clipping_after(tensor)
-                absorbed = clipping is not None and clipping.low == 0.0
-                wanted[clipping.output if clipping and absorbed else tensor] = None
+            wanted.update((self.behind(tensor), None) for tensor in self.data_outputs(node))
         return tuple(wanted)
 
 

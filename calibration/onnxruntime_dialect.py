@@ -103,7 +103,7 @@ def _plan(graph: Graph, float_nodes: Collection[str]) -> _Plan:
         assert conv is not None
         plan.convs[node.name] = conv
     for conv in plan.convs.values():
-        plan.quantized.update((conv.input, _behind(graph, plan, conv.output, float_nodes)))
+        plan.quantized.update((conv.input, _behind(graph, plan, conv.output)))
 
     useful = _useful(graph, plan, float_nodes)
     for node in graph.nodes.values():
@@ -112,7 +112,7 @@ def _plan(graph: Graph, float_nodes: Collection[str]) -> _Plan:
             continue
         plan.followers.add(node.name)
         for tensor in graph.data_outputs(node):
-            plan.quantized.add(_behind(graph, plan, tensor, float_nodes))
+            plan.quantized.add(_behind(graph, plan, tensor))
     return plan
 
 
@@ -130,19 +130,13 @@ def _why_float(
     return ""
 
 
-def _behind(graph: Graph, plan: _Plan, tensor: str, float_nodes: Collection[str]) -> str:
-    """The tensor that is quantized for ``tensor``: behind a Relu or Clip that vanishes."""
-    clipping = graph.clipping_after(tensor)
-    if (
-        clipping is None
-        or clipping.low != 0.0
-        or clipping.name in float_nodes
-        or clipping.output in graph.outputs
-    ):
-        return tensor
-    plan.absorbed[tensor] = clipping.output
-    plan.vanished.add(clipping.name)
-    return clipping.output
+def _behind(graph: Graph, plan: _Plan, tensor: str) -> str:
+    """The tensor that is quantized for ``tensor``; what lies between vanishes."""
+    behind = graph.behind(tensor)
+    if behind != tensor:
+        plan.absorbed[tensor] = behind
+        plan.vanished.update(node.name for node in graph.consumers(tensor))
+    return behind
 
 
 def _useful(graph: Graph, plan: _Plan, float_nodes: Collection[str]) -> set[str]:
@@ -154,14 +148,12 @@ def _useful(graph: Graph, plan: _Plan, float_nodes: Collection[str]) -> set[str]
     useful: set[str] = set()
     for node in reversed(graph.nodes.values()):
         outputs = graph.data_outputs(node)
-        clipped = [graph.clipping_after(tensor) for tensor in outputs]
-        outputs_behind = [c.output if c else t for c, t in zip(clipped, outputs, strict=True)]
         if (
             node.op_type in _FOLLOWERS
             and node.name not in float_nodes
             and _has_kernel(graph, node)
             and not graph.outputs.intersection(outputs)
-            and wanted.intersection([*outputs, *outputs_behind])
+            and wanted.intersection([*outputs, *map(graph.behind, outputs)])
         ):
             useful.add(node.name)
             wanted.update(graph.data_inputs(node))
@@ -198,6 +190,7 @@ class _Emitter:
         self.correct_bias = correct_bias
         self.writer = Writer(graph)
         self.scales: dict[str, Scale] = {}
+        self.quantized: dict[str, str] = {}
         self.dequantized: dict[str, str] = {}
         self._image()
 
@@ -205,14 +198,12 @@ class _Emitter:
         first = self.graph.preprocessing()
         planes = self.writer.name(f"{first.image}_planes")
         self.writer.node("Transpose", [first.image], planes, perm=[0, 3, 1, 2])
-        scale = Scale(np.float32(first.scale), np.uint8(first.mean))
-        self.scales[first.output] = scale
-        self.dequantized[first.output] = self.writer.dequantize(
-            planes,
-            self.writer.constant(f"{first.image}_scale", np.asarray(scale.scale)),
-            self.writer.constant(f"{first.image}_zero_point", np.asarray(scale.zero_point)),
-            first.output,
-        )
+        self._set(first.output, planes, Scale(np.float32(first.scale), np.uint8(first.mean)))
+
+    def _set(self, tensor: str, quantized: str, scale: Scale) -> None:
+        """From here on ``tensor`` is read from ``quantized``."""
+        self.quantized[tensor], self.scales[tensor] = quantized, scale
+        self.dequantized[tensor] = self.writer.dequantize(quantized, scale, f"{tensor}_dequantized")
 
     def write(self, node: onnx.NodeProto) -> None:
         plan = self.plan
@@ -222,27 +213,41 @@ class _Emitter:
         outputs = [plan.absorbed.get(tensor, tensor) for tensor in node.output]
         if node.name in plan.convs:
             inputs[1:] = self._weights(plan.convs[node.name], list(node.input))
+        elif node.op_type in LINEAR_OPS and node.input[0] in self.quantized:
+            inputs[0] = self._protected(node)
         if node.name in plan.followers and node.op_type == "ReduceMean":
             node = helper.make_node("GlobalAveragePool", inputs[:1], outputs, name=node.name)
             inputs = inputs[:1]
         if node.name in plan.followers and node.op_type in _GATES:
             gate = self._write_gate(node, inputs[0])
             if node.op_type == "HardSigmoid":
-                self.scales[outputs[0]] = _UNIT
-                self.dequantized[outputs[0]] = gate
+                self._set(outputs[0], gate, _UNIT)
                 return
             node = helper.make_node("Mul", [], [], name=node.name)
-            inputs = [inputs[0], gate]
+            inputs.append(self.writer.dequantize(gate, _UNIT, f"{outputs[0]}_gate"))
         self.writer.copy(node, inputs, outputs)
         for tensor in outputs:
             if tensor in plan.quantized:
-                self.scales[tensor] = self._scale(node, tensor)
-                self.dequantized[tensor] = self.writer.quantize_dequantize(
-                    tensor, self.scales[tensor]
-                )
+                scale = self._scale(node, tensor)
+                self._set(tensor, self.writer.quantize(tensor, scale), scale)
+
+    def _protected(self, node: onnx.NodeProto) -> str:
+        """The dequantized input of a linear ``node`` that is to stay float.
+
+        Between a Dequantize and a Quantize onnxruntime would quantize its weights by itself, and
+        per tensor (its WeightBiasQuantization pass). Only a Dequantize with one scale invites
+        that: one that repeats it along an axis means the same and does not.
+        """
+        tensor = node.input[0]
+        for axis, side in enumerate(self.graph.shape(tensor) or ()):
+            if axis > 0 and side is not None and side > 1:
+                base = f"{tensor}_for_{node.name}"
+                quantized, scale = self.quantized[tensor], self.scales[tensor]
+                return self.writer.dequantize(quantized, scale, base, axis=axis, repeat=side)
+        return self.dequantized[tensor]
 
     def _write_gate(self, node: onnx.NodeProto, x: str) -> str:
-        """Write ``clip(slope * x + offset, 0, 1)`` for ``x``; return the dequantized result.
+        """Write ``clip(slope * x + offset, 0, 1)`` for ``x``; return it in uint8 of scale _UNIT.
 
         onnxruntime has no 8-bit kernel for it, but it has one for Add, and an Add saturates:
         ``x + offset / slope`` in uint8 over ``[0, 1 / slope]`` is the gate times ``1 / slope``.
@@ -250,19 +255,14 @@ class _Emitter:
         """
         slope, offset = _gate(node)
         writer, base = self.writer, node.output[0]
-        zero = writer.constant(f"{base}_gate_zero_point", np.asarray(np.uint8(0)))
         shift = writer.dequantize(
             writer.constant(f"{base}_shift", np.asarray(np.uint8(255))),
-            writer.constant(f"{base}_shift_scale", np.asarray(np.float32(offset / slope / 255))),
-            zero,
+            Scale(np.float32(offset / slope / 255), np.uint8(0)),
             f"{base}_shift_dequantized",
         )
-        shifted, quantized = writer.name(f"{base}_shifted"), writer.name(f"{base}_gate_quantized")
+        shifted = writer.name(f"{base}_shifted")
         writer.node("Add", [x, shift], shifted)
-        scale = writer.constant(f"{base}_shifted_scale", np.asarray(np.float32(1 / slope / 255)))
-        writer.node("QuantizeLinear", [shifted, scale, zero], quantized)
-        unit = writer.constant(f"{base}_gate_scale", np.asarray(_UNIT.scale))
-        return writer.dequantize(quantized, unit, zero, f"{base}_gate")
+        return writer.quantize(shifted, Scale(np.float32(1 / slope / 255), np.uint8(0)))
 
     def _weights(self, conv: Conv, names: list[str]) -> Iterable[str]:
         input_scale = self.scales[conv.input].scale

@@ -162,32 +162,41 @@ class Writer:
         self._initializers[name] = numpy_helper.from_array(np.asarray(value, order="C"), name)
         return name
 
-    def quantize_dequantize(self, tensor: str, scale: Scale) -> str:
-        """Write a Quantize-Dequantize pair on ``tensor``; return the dequantized tensor."""
-        scale_name = self.constant(f"{tensor}_scale", np.asarray(scale.scale))
-        zero_name = self.constant(f"{tensor}_zero_point", np.asarray(scale.zero_point))
+    def quantize(self, tensor: str, scale: Scale) -> str:
+        """Write a QuantizeLinear on ``tensor``; return the integer tensor."""
         quantized = self.name(f"{tensor}_quantized")
-        self.node("QuantizeLinear", [tensor, scale_name, zero_name], quantized)
-        return self.dequantize(quantized, scale_name, zero_name, f"{tensor}_dequantized")
+        self.node("QuantizeLinear", [tensor, *self._scale(tensor, scale)], quantized)
+        return quantized
 
     def dequantize(
-        self, quantized: str, scale: str, zero_point: str, base: str, **attributes: Any
+        self, quantized: str, scale: Scale, base: str, *, axis: int = 1, repeat: int = 0
     ) -> str:
-        """Write a DequantizeLinear; return its output."""
+        """Write a DequantizeLinear; return its float tensor, called ``base``.
+
+        ``repeat`` writes the one scale that many times, as if each entry of ``axis`` had its own.
+        """
         output = self.name(base)
-        self.node("DequantizeLinear", [quantized, scale, zero_point], output, **attributes)
+        inputs = [quantized, *self._scale(output, scale, repeat)]
+        self.node("DequantizeLinear", inputs, output, **({"axis": axis} if repeat else {}))
         return output
+
+    def _scale(self, base: str, scale: Scale, repeat: int = 0) -> list[str]:
+        shape = [repeat] if repeat else []
+        return [
+            self.constant(f"{base}_scale", np.full(shape, scale.scale)),
+            self.constant(f"{base}_zero_point", np.full(shape, scale.zero_point)),
+        ]
 
     def constant_dequantize(self, base: str, value: npt.NDArray[Any], scales: Float32) -> str:
         """Store an integer ``value`` ``[O, ...]`` and write its per-channel DequantizeLinear."""
-        zeros = np.zeros(len(scales), dtype=value.dtype)
-        return self.dequantize(
+        output = self.name(f"{base}_dequantized")
+        inputs = [
             self.constant(f"{base}_quantized", value),
             self.constant(f"{base}_scale", scales),
-            self.constant(f"{base}_zero_point", zeros),
-            f"{base}_dequantized",
-            axis=0,
-        )
+            self.constant(f"{base}_zero_point", np.zeros(len(scales), dtype=value.dtype)),
+        ]
+        self.node("DequantizeLinear", inputs, output, axis=0)
+        return output
 
     def model(self) -> onnx.ModelProto:
         """The new model: inputs, outputs, metadata and the initializers still used, checked."""

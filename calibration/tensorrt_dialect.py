@@ -66,7 +66,8 @@ def emit(
         for tensor in node.input:
             if tensor in wanted and tensor not in dequantized:
                 scale = _scale(index, first, table, tensor, pools)
-                dequantized[tensor] = writer.quantize_dequantize(tensor, scale)
+                quantized = writer.quantize(tensor, scale)
+                dequantized[tensor] = writer.dequantize(quantized, scale, f"{tensor}_dequantized")
         inputs = [dequantized[t] if t in wanted else t for t in node.input]
         if node.name in convs:
             conv = convs[node.name]
@@ -93,7 +94,7 @@ def choose(
         if node.name in float_nodes:
             kept_float[node.name] = "asked for by float_nodes"
         elif node.op_type in ("Gemm", "MatMul"):
-            kept_float[node.name] = f"{node.op_type}: a matrix-vector product at batch 1"
+            kept_float[node.name] = f"{node.op_type}: only convolutions are quantized"
         elif conv is None:
             kept_float[node.name] = f"{node.op_type}: its weights are not a plain constant"
         elif reason := _no_gain(graph, conv, stem=conv.input == first.output):
