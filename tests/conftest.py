@@ -1,5 +1,7 @@
-"""Small labelled pictures for every test that needs a domain."""
+"""What many tests share: small labelled pictures, and one trained and exported smoke recipe."""
 
+import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -34,3 +36,33 @@ def pictures() -> WriteDomain:
         return folder
 
     return write
+
+
+ROOT = Path(__file__).resolve().parent.parent
+SMOKE = ROOT / "train" / "recipes" / "smoke.toml"
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which the smoke recipe was trained and exported, once for all tests.
+
+    Tests only read it; one that changes something works on ``bundle`` or a copy of its own.
+    """
+    from export.__main__ import main as export
+    from train.__main__ import main as train
+
+    folder = tmp_path_factory.mktemp("smoke")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        assert train([str(SMOKE)]) == 0
+        assert export([str(SMOKE)]) == 0
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture
+def bundle(smoke: Path, tmp_path: Path) -> Path:
+    """A copy of the smoke bundle that a test may spoil."""
+    return Path(shutil.copytree(smoke / "build" / "smoke" / "bundle", tmp_path / "bundle"))

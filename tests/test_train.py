@@ -122,7 +122,8 @@ def tune(folder: Path, watched: Watched, key: str = "k", **changes: Any) -> Imag
     fine_tune(
         model, pixels, labels, weights, settings=settings, seed=3, key=key,
         state_path=folder / "resume.safetensors", device=CPU,
-        validate=lambda model: float(model.head.weight.detach().abs().sum()), watch=watched.watcher(),
+        validate=lambda model: float(model.head.weight.detach().abs().sum()),
+        watch=watched.watcher(),
     )  # fmt: skip
     return model
 

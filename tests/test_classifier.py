@@ -1,0 +1,216 @@
+"""The device's API and command, on a real bundle."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from runtime import Answer, Classifier
+from runtime.__main__ import main as fieldfit
+from runtime.bundle import Bundle
+from runtime.errors import DataError, EngineError
+from runtime.manifest import encode
+from runtime.selftest import judge
+
+
+@pytest.fixture(scope="module")
+def classifier(smoke: Path) -> Classifier:
+    return Classifier.open(smoke / "build" / "smoke" / "bundle", threads=1)
+
+
+@pytest.fixture
+def samples(smoke: Path) -> list[Path]:
+    return sorted((smoke / "build" / "smoke" / "samples").iterdir())
+
+
+def test_path_bytes_array_image_and_list_give_one_answer(
+    classifier: Classifier, samples: list[Path]
+) -> None:
+    path = samples[0]
+    answer = classifier(path)
+    image = Image.open(path)
+    for same in (str(path), path.read_bytes(), image, np.asarray(image)):
+        other = classifier(same)
+        assert (other.label, other.probabilities) == (answer.label, answer.probabilities)
+    listed = classifier([path, np.asarray(image)])
+    assert [a.label for a in listed] == [answer.label] * 2
+    assert classifier([]) == []
+
+
+def test_an_answer_says_label_score_and_times(classifier: Classifier, samples: list[Path]) -> None:
+    answer = classifier(samples[0])
+    assert isinstance(answer, Answer)
+    assert answer.label in classifier.bundle.manifest.labels
+    assert answer.score == max(answer.probabilities.values())
+    assert sum(answer.probabilities.values()) == pytest.approx(1.0)
+    assert set(answer.milliseconds) == {"preprocess", "infer"}
+    assert not answer.abstained
+
+
+def test_the_fastest_proven_form_is_chosen_and_says_so(classifier: Classifier) -> None:
+    assert classifier.engine.form == "int8-cpu"
+    assert classifier.reasons == [
+        f"onnxruntime CPU, int8-cpu: {classifier.selftest.reason}",
+    ]
+    assert "golden samples agree" in classifier.selftest.reason
+
+
+def test_a_long_list_is_answered_in_order(classifier: Classifier, samples: list[Path]) -> None:
+    many = (samples * 12)[:50]
+    answers = list(classifier.stream(many))
+    alone = {path: classifier(path).label for path in samples}
+    assert [a.label for a in answers] == [alone[path] for path in many]
+
+
+def spoil_golden(bundle: Path, form: str) -> None:
+    """Exchange the golden logits of one form, with a manifest that knows the new bytes."""
+    import hashlib
+
+    from export.write_bundle import encode_golden
+
+    opened = Bundle.open(bundle)
+    golden = opened.golden()
+    logits = {k.removeprefix("logits."): v for k, v in golden.items() if k != "images"}
+    logits[form] = -logits[form]
+    data = encode_golden(golden["images"], logits)
+    (bundle / "golden.npz").write_bytes(data)
+    files = tuple(
+        msgspec.structs.replace(e, sha256=hashlib.sha256(data).hexdigest(), size=len(data))
+        if e.name == "golden.npz"
+        else e
+        for e in opened.manifest.files
+    )
+    manifest = msgspec.structs.replace(opened.manifest, files=files)
+    (bundle / "manifest.json").write_bytes(encode(manifest))
+
+
+def test_a_form_that_fails_its_self_test_is_passed_over_out_loud(
+    bundle: Path, samples: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoil_golden(bundle, "int8-cpu")
+    with Classifier.open(bundle) as stepped_down:
+        assert stepped_down.engine.form == "fp32"
+        assert "int8-cpu: passed over: failed its self-test" in stepped_down.reasons[0]
+    with pytest.raises(EngineError, match="failed its self-test"):
+        Classifier.open(bundle, form="int8-cpu")
+    assert fieldfit(["verify", str(bundle)]) == 1
+    assert "FAIL onnxruntime CPU, int8-cpu" in capsys.readouterr().out
+    assert fieldfit(["classify", str(bundle), str(samples[0]), "--require", "int8-cpu"]) == 1
+
+
+def test_the_self_test_judges_by_answers_and_closeness() -> None:
+    expected = np.array([[3.0, -3.0], [-2.0, 2.0], [0.01, -0.01]], dtype=np.float32)
+    assert judge(expected, expected + 1e-3).passed
+    narrow = expected.copy()
+    narrow[2] = [-0.01, 0.01]
+    assert judge(expected, narrow).passed, "a lead of one percent may turn by rounding"
+    turned = expected.copy()
+    turned[1] = [2.0, -2.0]
+    assert "1 of 3 golden answers differ" in judge(expected, turned).reason
+    assert "dB" in judge(expected, expected * 1.5).reason
+    assert "not finite" in judge(expected, np.full_like(expected, np.nan)).reason
+    assert "expected logits" in judge(expected, expected[:2]).reason
+
+
+def test_classify_prints_a_line_for_each_image(
+    smoke: Path, samples: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = str(smoke / "build" / "smoke" / "bundle")
+    assert fieldfit(["classify", bundle, str(samples[0].parent)]) == 0
+    captured = capsys.readouterr()
+    lines = captured.out.splitlines()
+    assert [line.split("\t")[2] for line in lines] == [str(path) for path in samples]
+    assert "onnxruntime CPU, int8-cpu" in captured.err
+    assert fieldfit(["classify", bundle, f"{samples[0].parent}/*-1.png", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert {"path", "label", "score", "abstained", "probabilities", "milliseconds"} <= set(answer)
+
+
+def test_one_broken_image_does_not_stop_the_others(
+    smoke: Path, samples: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.png").write_bytes(b"")
+    shutil.copy(samples[0], tmp_path / "b.png")
+    (tmp_path / "c.png").write_bytes(samples[0].read_bytes()[:300])
+    bundle = str(smoke / "build" / "smoke" / "bundle")
+    assert fieldfit(["classify", bundle, str(tmp_path)]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.count("\n") == 1
+    assert "a.png: expected an image, got an empty file" in captured.err
+    assert "c.png: cannot be decoded" in captured.err
+
+
+def test_places_without_images_are_errors(
+    smoke: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = str(smoke / "build" / "smoke" / "bundle")
+    for place in (tmp_path, tmp_path / "none.png", tmp_path / "*.png"):
+        assert fieldfit(["classify", bundle, str(place)]) == 1
+        assert str(place) in capsys.readouterr().err
+
+
+def test_an_unreadable_image_is_named(classifier: Classifier) -> None:
+    with pytest.raises(DataError, match="expected a path, bytes, PIL image or array, got int"):
+        classifier(3)  # type: ignore[call-overload]
+
+
+def test_verify_replays_every_form(smoke: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    archive = smoke / "build" / "smoke" / "smoke-0.1.0.zip"
+    assert fieldfit(["verify", str(archive), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["passed"]
+    assert [test["form"] for test in report["selftests"]] == ["fp32", "fp16", "int8", "int8-cpu"]
+
+
+def test_doctor_describes_machine_and_choice(
+    smoke: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fieldfit(["doctor", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert {"python", "cpu", "cuda", "onnxruntime", "memory"} <= set(report)
+    assert fieldfit(["doctor", str(smoke / "build" / "smoke" / "bundle")]) == 0
+    assert "onnxruntime CPU, int8-cpu" in capsys.readouterr().out
+
+
+def test_benchmark_compares_the_forms(smoke: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = str(smoke / "build" / "smoke" / "bundle")
+    assert fieldfit(["benchmark", bundle, "--seconds", "0.2", "--batch", "2", "--json"]) == 0
+    timings = json.loads(capsys.readouterr().out)
+    assert [t["form"] for t in timings] == ["fp32", "int8-cpu"]
+    assert timings[0]["relative_speed"] == 1.0
+    assert fieldfit(["benchmark", bundle, "--seconds", "0.2"]) == 0
+    assert "int8-cpu" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["classify"], ["benchmark", "b", "--batch", "0"], ["unknown"]]
+)
+def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        fieldfit(arguments)
+    assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize("verb", ["classify", "verify", "doctor", "benchmark"])
+def test_help_teaches_by_example(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        fieldfit([verb, "--help"])
+    assert stopped.value.code == 0
+    assert f"Example: fieldfit {verb}" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_closed_pipe_is_no_error(smoke: Path, samples: list[Path]) -> None:
+    bundle = smoke / "build" / "smoke" / "bundle"
+    command = f"{sys.executable} -m runtime classify {bundle} {samples[0]} {samples[1]} | head -n 1"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"],
+        capture_output=True, text=True, cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    assert done.stdout.count("\n") == 1
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,227 @@
+"""The main job on the smoke recipe: what each stage leaves behind is whole and true."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from calibration import count_kernels, read_table
+from export.__main__ import main as export
+from export.onnx_graph import to_onnx
+from export.parity import BATCH_SIZES, check_checkpoint
+from export.pipeline import Release
+from runtime.bundle import Bundle
+from runtime.dataset import read_dataset
+from runtime.errors import ExportError
+from runtime.manifest import Quality
+from runtime.preprocess import preprocess_batch
+from runtime.recipe import GateSettings
+from train.__main__ import main as train
+from train.checkpoint import read_checkpoint
+from train.pipeline import Training
+
+SMOKE = Path(__file__).resolve().parent.parent / "train" / "recipes" / "smoke.toml"
+
+
+@pytest.fixture(scope="module")
+def build(smoke: Path) -> Path:
+    return smoke / "build" / "smoke"
+
+
+@pytest.fixture(scope="module")
+def release(build: Path) -> Release:
+    return msgspec.json.decode((build / "release.json").read_bytes(), type=Release)
+
+
+@pytest.fixture(scope="module")
+def model(build: Path) -> onnx.ModelProto:
+    return onnx.load(build / "bundle" / "fp32.onnx")
+
+
+def test_training_leaves_its_record_checkpoint_and_log(build: Path) -> None:
+    training = msgspec.json.decode((build / "train/training.json").read_bytes(), type=Training)
+    assert [rung.name for rung in training.rungs] == ["as is", "feature extraction", "fine-tuning"]
+    assert [rung.kept for rung in training.rungs].count(True) == 1
+    assert all(rung.reason for rung in training.rungs)
+    best = max(training.rungs, key=lambda rung: rung.value)
+    assert best.kept, "the rung that validates best is kept"
+    assert training.decided_on == "target validation"
+    for rung in training.rungs:
+        assert set(rung.scores) == {
+            "source-validation", "source-test", "target-validation", "target-test",
+        }  # fmt: skip
+    assert list((build / "train/tensorboard").glob("events.out.tfevents.*"))
+    assert not (build / "train/resume.safetensors").exists(), "the state of a finished run goes"
+    _, facts = read_checkpoint(build / "train/checkpoint.safetensors")
+    assert facts.classes == ("defective", "functional")
+    assert facts.rung == training.rung
+
+
+def test_training_again_has_nothing_to_do(
+    smoke: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(smoke)
+    before = (smoke / "build/smoke/train/checkpoint.safetensors").stat().st_mtime_ns
+    assert train([str(SMOKE), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert "nothing to do" in captured.err
+    assert json.loads(captured.out)["name"] == "smoke"
+    assert (smoke / "build/smoke/train/checkpoint.safetensors").stat().st_mtime_ns == before
+
+
+def test_the_graph_keeps_the_contract(model: onnx.ModelProto) -> None:
+    assert model.ir_version == 10
+    assert [(o.domain, o.version) for o in model.opset_import] == [("", 20)]
+    (image,) = model.graph.input
+    assert image.name == "image"
+    assert image.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    assert [d.dim_value for d in image.type.tensor_type.shape.dim][1:] == [64, 64, 1]
+    assert image.type.tensor_type.shape.dim[0].dim_param
+    assert [o.name for o in model.graph.output] == ["logits", "features"]
+    assert [n.op_type for n in model.graph.node][:4] == ["Cast", "Transpose", "Mul", "Add"]
+    assert [n.op_type for n in model.graph.node][-3:] == ["GlobalAveragePool", "Flatten", "Gemm"]
+    onnx.checker.check_model(model, full_check=True)
+    metadata = {p.key: p.value for p in model.metadata_props}
+    assert json.loads(metadata["labels"]) == ["defective", "functional"]
+
+
+def test_the_graph_carries_no_trace_of_the_machine(build: Path) -> None:
+    data = (build / "bundle/fp32.onnx").read_bytes()
+    assert b"site-packages" not in data
+    assert b"stack_trace" not in data
+    assert str(Path(__file__).parent.parent).encode() not in data
+
+
+def test_layers_have_the_checkpoint_s_names(model: onnx.ModelProto, build: Path) -> None:
+    checkpoint, _ = read_checkpoint(build / "train/checkpoint.safetensors")
+    convolutions = [n.name for n in model.graph.node if n.op_type == "Conv"]
+    assert len(set(convolutions)) == 49
+    assert set(convolutions) <= {name for name, _ in checkpoint.named_modules()}
+
+
+@pytest.mark.parametrize("size", BATCH_SIZES)
+@pytest.mark.parametrize("form", ["fp32", "fp16", "int8", "int8-cpu"])
+def test_every_form_takes_every_batch(build: Path, form: str, size: int) -> None:
+    bundle = Bundle.open(build / "bundle")
+    images = np.resize(bundle.golden()["images"], (size, *bundle.manifest.input.shape))
+    session = onnxruntime.InferenceSession(bundle.model(form), providers=["CPUExecutionProvider"])
+    logits, features = session.run(["logits", "features"], {"image": images})
+    assert logits.shape == (size, 2)
+    assert features.shape == (size, 1280)
+    assert logits.dtype == features.dtype == np.float32
+
+
+def test_the_fp32_graph_is_the_checkpoint(build: Path) -> None:
+    """On real held-out target images, against torch itself."""
+    checkpoint, facts = read_checkpoint(build / "train/checkpoint.safetensors")
+    dataset = read_dataset(build / "train/images.json")
+    paths = [e.path for e in dataset.select("target", "test")[:12]]
+    images = preprocess_batch(list(paths), facts.input)
+    with torch.inference_mode():
+        expected, _ = checkpoint(torch.from_numpy(images))
+    session = onnxruntime.InferenceSession(build / "bundle/fp32.onnx")
+    (logits,) = session.run(["logits"], {"image": images})
+    np.testing.assert_allclose(logits, expected.numpy(), rtol=1e-3, atol=1e-3)
+
+
+def test_every_quantized_convolution_is_a_qlinearconv(build: Path) -> None:
+    kernels = count_kernels(onnx.load(build / "bundle/int8-cpu.onnx"))
+    assert kernels["QLinearConv"] == 49
+    assert not {"Conv", "FusedConv", "Clip"} & set(kernels)
+    assert kernels.get("QuantizeLinear", 0) == 0, "the image's byte is the quantized value"
+
+
+def test_engines_were_built_with_every_convolution_in_its_precision(release: Release) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    forms = {report.form: report for report in release.forms}
+    for form, precision in (("fp16", "FP16"), ("int8", "INT8")):
+        engine = forms[form].engine
+        assert engine is not None
+        assert engine.built
+        assert engine.passed
+        assert engine.precisions == {precision: 49}
+
+
+def test_the_manifest_says_what_was_measured(build: Path, release: Release) -> None:
+    manifest = Bundle.open(build / "bundle").manifest
+    for artifact in manifest.artifacts:
+        report = next(r for r in release.forms if r.form == artifact.form)
+        assert report.released
+        assert artifact.quality == report.attempts[-1].quality
+        assert artifact.quality.samples == 40
+    assert manifest.labels == ("defective", "functional")
+    assert Counter(a.form for a in manifest.artifacts).most_common(1)[0][1] == 1
+
+
+def test_calibration_saw_training_images_only(build: Path) -> None:
+    dataset = read_dataset(build / "train/images.json")
+    allowed = {e.path for e in dataset.select("target", "train")}
+    chosen = json.loads((build / "calibration/images.json").read_text())["chosen"]
+    assert len(chosen) == 32
+    assert {image["path"] for image in chosen} <= allowed
+    table = read_table(build / "calibration/table.json")
+    assert table.images == 32
+
+
+def test_nothing_is_released_if_the_graph_is_not_the_checkpoint(
+    smoke: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A graph with one damaged weight must not leave the house."""
+    from export import pipeline
+
+    shutil.copytree(smoke / "build/smoke/train", tmp_path / "build/smoke/train")
+    monkeypatch.chdir(tmp_path)
+
+    def damaged(*arguments: object) -> onnx.ModelProto:
+        graph = to_onnx(*arguments)  # type: ignore[arg-type]
+        weight = next(t for t in graph.graph.initializer if t.name == "backbone.conv_stem.weight")
+        values = onnx.numpy_helper.to_array(weight) * 1.02
+        weight.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float32), weight.name))
+        return graph
+
+    monkeypatch.setattr(pipeline, "to_onnx", damaged)
+    assert export([str(SMOKE)]) == 1
+    error = capsys.readouterr().err
+    assert "the fp32 ONNX graph is not the checkpoint" in error
+    assert sorted(p.name for p in (tmp_path / "build/smoke").iterdir()) == ["train"]
+
+
+def test_parity_is_judged_by_signal_to_noise() -> None:
+    reference = np.random.default_rng(0).normal(0, 2, (50, 3)).astype(np.float32)
+    assert check_checkpoint(reference, reference + 1e-5) > 60
+    for wrong in (reference + 0.1 * reference[:, ::-1], np.full_like(reference, np.nan)):
+        with pytest.raises(ExportError, match="nothing is released"):
+            check_checkpoint(reference, wrong)
+
+
+QUALITY = Quality(samples=100, labelled=100, agreement=1.0, sqnr_db=40.0, accuracy=0.9,
+                  worst_recall=0.8)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, "within budget"),
+        ({"agreement": 0.97}, "agreement 97.00% < 98.00%"),
+        ({"sqnr_db": 9.0}, "SQNR 9.0 dB < 15 dB"),
+        ({"accuracy": 0.88}, "accuracy down 2.00% > 1.00%"),
+        ({"worst_recall": 0.7}, "worst-class recall down 10.00% > 3.00%"),
+        ({"accuracy": 0.95}, "within budget"),
+        ({"accuracy": None, "worst_recall": None}, "no labels to judge accuracy by"),
+    ],
+)
+def test_the_gate_refuses_with_the_number_that_broke_the_budget(
+    changes: dict[str, float | None], reason: str
+) -> None:
+    from export.gate import judge
+
+    verdict = judge(msgspec.structs.replace(QUALITY, **changes), QUALITY, GateSettings())
+    assert reason in verdict.reason
+    assert verdict.passed == (reason in ("within budget", "no labels to judge accuracy by"))
