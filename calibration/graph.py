@@ -290,16 +290,34 @@ class Graph:
         quantizable = RANGE_PRESERVING_OPS | ARITHMETIC_OPS | {"Conv"}
         wanted: dict[str, None] = {}
         skipped = set(self.preprocessing().nodes)
+        before_conv = self._before_conv()
         for node in self.model.graph.node:
             if node.name in skipped or node.op_type not in quantizable:
+                continue
+            if node.op_type != "Conv" and not before_conv.intersection(node.output):
                 continue
             wanted.update(dict.fromkeys(self.data_inputs(node)))
             wanted.update((self.behind(tensor), None) for tensor in self.data_outputs(node))
         return tuple(wanted)
 
+    def _before_conv(self) -> set[str]:
+        """The tensors that some convolution depends on."""
+        result: set[str] = set()
+        for node in reversed(self.model.graph.node):
+            if node.op_type == "Conv" or result.intersection(node.output):
+                result.update(node.input)
+        return result
 
-def check_input(preprocessing: Preprocessing, spec: InputSpec) -> None:
-    """Raise ExportError unless the graph's head computes what ``spec`` says."""
+
+def check_input(graph: Graph, spec: InputSpec) -> None:
+    """Raise ExportError unless the graph takes and normalises images as ``spec`` says."""
+    preprocessing = graph.preprocessing()
+    shape = (graph.shape(preprocessing.image) or ())[1:]
+    if len(shape) != 3 or any(g not in (None, e) for g, e in zip(shape, spec.shape, strict=True)):
+        raise ExportError(
+            f"expected images {list(spec.shape)}, got {list(shape)} in the graph; "
+            "export it again with this recipe"
+        )
     expected, got = (spec.mean, 1.0 / spec.std), (preprocessing.mean, preprocessing.scale)
     if expected[0] != got[0] or abs(expected[1] - got[1]) > 1e-6 * expected[1]:
         raise ExportError(

@@ -65,6 +65,7 @@ def emit(
     """
     index = Graph(graph)
     check_names(index, float_nodes)
+    table.check_graph(graph)
     plan = _plan(index, float_nodes)
     emitter = _Emitter(index, table, plan, correct_bias)
     for node in graph.graph.node:

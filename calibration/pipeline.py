@@ -62,7 +62,7 @@ def calibrate(
     quantized or does not compute what ``spec`` says.
     """
     index = Graph(graph)
-    check_input(index.preprocessing(), spec)
+    check_input(index, spec)
     choice = choose_images(examples, count=settings.images, spec=spec, seed=seed, features=features)
     if len(choice.chosen) < ADVISED_IMAGES:
         log.warning(

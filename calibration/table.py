@@ -55,6 +55,13 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """How many images were seen."""
     tensors: dict[str, TensorRange]
 
+    def check_graph(self, model: onnx.ModelProto) -> None:
+        """Raise ExportError unless the table was measured on ``model``."""
+        if graph_sha256(model) != self.key.graph:
+            raise ExportError(
+                "the calibration table was measured on another graph; calibrate again"
+            )
+
     def range(self, tensor: str) -> tuple[float, float]:
         """The chosen low and high of ``tensor``.
 

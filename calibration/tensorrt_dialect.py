@@ -47,6 +47,7 @@ def emit(
     """
     index = Graph(graph)
     check_names(index, float_nodes)
+    table.check_graph(graph)
     first = index.preprocessing()
     convs, kept_float = choose(index, first, float_nodes)
     pools = _pools(index, convs, float_nodes)

@@ -1,0 +1,179 @@
+"""Which images calibrate: decided by content and seed, balanced, diverse, none degenerate."""
+
+import hashlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from calibration.images import (
+    MIN_IMAGES,
+    Choice,
+    batches,
+    choose_images,
+    degenerate,
+    write_choice,
+)
+from runtime.dataset import Example
+from runtime.errors import DataError
+from runtime.preprocess import InputSpec
+
+SPEC = InputSpec(size=(16, 16), channels=1)
+
+
+def write_image(path: Path, levels: np.ndarray) -> str:
+    Image.fromarray(levels.astype(np.uint8)).save(path)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def write_examples(
+    folder: Path,
+    count: int,
+    *,
+    label: str | None = "good",
+    seed: int = 0,
+    stratum: str | None = None,
+    group: str | None = None,
+) -> list[Example]:
+    folder.mkdir(parents=True, exist_ok=True)
+    examples = []
+    for number in range(count):
+        path = folder / f"{label}-{seed}-{number}.png"
+        levels = np.random.default_rng([seed, number]).integers(0, 256, (16, 16))
+        digest = write_image(path, levels)
+        examples.append(
+            Example(
+                path=str(path),
+                sha256=digest,
+                domain="target",
+                label=label,
+                stratum=stratum,
+                group=group,
+            )
+        )
+    return examples
+
+
+def choose(examples: list[Example], count: int = 8, seed: int = 0, **options: object) -> Choice:
+    return choose_images(examples, count=count, spec=SPEC, seed=seed, **options)  # type: ignore[arg-type]
+
+
+def test_the_choice_does_not_depend_on_paths_or_order(tmp_path: Path) -> None:
+    examples = write_examples(tmp_path / "a", 30)
+    moved = write_examples(tmp_path / "somewhere else", 30)[::-1]
+    first = choose(examples)
+    assert choose(moved).digests == first.digests
+    assert choose(examples, seed=1).digests != first.digests
+    features = np.random.default_rng(0).normal(size=(30, 4))
+    spread = choose(examples, features=features)
+    assert choose(moved, features=features[::-1]).digests == spread.digests
+
+
+def test_classes_strata_and_groups_get_equal_shares_as_far_as_they_reach(tmp_path: Path) -> None:
+    examples = [
+        *write_examples(tmp_path, 40, label="good", seed=1, group="a"),
+        *write_examples(tmp_path, 4, label="good", seed=2, group="b"),
+        *write_examples(tmp_path, 5, label="cracked", seed=3),
+        *write_examples(tmp_path, 9, label="dark", seed=4, stratum="mono"),
+        *write_examples(tmp_path, 9, label="dark", seed=5, stratum="poly"),
+    ]
+    choice = choose(examples, 23)
+    assert choice.per_class(["cracked", "dark", "good", "new"]) == {
+        "cracked": 5,
+        "dark": 9,
+        "good": 9,
+        "new": 0,
+    }
+    seeds = Counter(Path(image.path).name.split("-")[1] for image in choice.chosen)
+    assert (seeds["1"], seeds["2"]) == (5, 4)
+    assert sorted((seeds["4"], seeds["5"])) == [4, 5]
+    assert "of 'dark', stratum " in " ".join(image.reason for image in choice.chosen)
+
+
+def test_with_features_each_pick_is_the_farthest_from_those_before(tmp_path: Path) -> None:
+    examples = write_examples(tmp_path, 40)
+    features = np.random.default_rng(3).normal(size=(40, 3)).astype(np.float32)
+    choice = choose(examples, 12, features=features)
+    row = {example.sha256: index for index, example in enumerate(examples)}
+    picks = [row[digest] for digest in choice.digests]
+    for position in range(1, len(picks)):
+        before = features[picks[:position]].astype(np.float64)
+        distance = np.linalg.norm(features[:, None] - before, axis=2).min(axis=1)
+        assert distance[picks[position]] == pytest.approx(distance.max())
+    assert "the first" in choice.chosen[0].reason
+    assert "from the nearest chosen before" in choice.chosen[1].reason
+
+
+def test_what_would_mislead_is_refused_with_the_reason(tmp_path: Path) -> None:
+    good = write_examples(tmp_path, 8)
+    pictures = {
+        "black": np.full((16, 16), 3),
+        "saturated": np.full((16, 16), 255),
+        "constant": np.full((16, 16), 90),
+    }
+    bad = []
+    for name, levels in pictures.items():
+        digest = write_image(tmp_path / f"{name}.png", levels)
+        bad.append(Example(path=str(tmp_path / f"{name}.png"), sha256=digest, domain="target"))
+    (tmp_path / "unreadable.png").write_bytes(b"not a picture")
+    digest = hashlib.sha256(b"not a picture").hexdigest()
+    bad.append(Example(path=str(tmp_path / "unreadable.png"), sha256=digest, domain="target"))
+    bad.append(Example(path=str(tmp_path / "gone.png"), sha256="1" * 64, domain="target"))
+    write_examples(tmp_path, 1, label="changed", seed=9)
+    bad.append(Example(path=str(tmp_path / "changed-9-0.png"), sha256="0" * 64, domain="target"))
+    twin = Example(
+        path=str(tmp_path / "twin.png"), sha256=good[0].sha256, domain="target", label="good"
+    )
+    choice = choose([*good, *bad, twin], 20)
+    assert set(choice.digests) == {example.sha256 for example in good}
+    reasons = {Path(refused.path).stem: refused.reason for refused in choice.refused}
+    assert reasons["black"] == "black: no level above 3"
+    assert reasons["saturated"] == "saturated: no level below 255"
+    assert reasons["constant"] == "constant: levels 90 to 90"
+    assert reasons["unreadable"].startswith("unreadable: ")
+    assert reasons["gone"].startswith("unreadable: ")
+    assert reasons["changed-9-0"] == "changed since the list of images was made"
+    assert any(reason.startswith("byte-identical to ") for reason in reasons.values())
+    assert len(choice.refused) == 7
+
+
+def test_hot_pixels_do_not_save_a_black_image_nor_spoil_a_dark_one() -> None:
+    black = np.zeros((64, 64, 1), np.uint8)
+    black[3, 3] = 255
+    assert degenerate(black).startswith("black")
+    dark = np.random.default_rng(0).integers(0, 30, (64, 64, 1)).astype(np.uint8)
+    assert degenerate(dark) == ""
+
+
+def test_unlabelled_images_are_a_class_of_their_own(tmp_path: Path) -> None:
+    choice = choose(write_examples(tmp_path, 9, label=None))
+    assert choice.per_class(["good"]) == {"good": 0, "(no label)": 8}
+
+
+def test_bad_requests_are_refused(tmp_path: Path) -> None:
+    examples = write_examples(tmp_path, MIN_IMAGES)
+    with pytest.raises(DataError, match="at least 8 usable calibration images, got 7 of 7"):
+        choose(examples[1:])
+    validation = Example(path="x.png", sha256="0" * 64, domain="target", split="validation")
+    with pytest.raises(DataError, match=r"x.png: .* got one of the validation split"):
+        choose([*examples, validation])
+    source = Example(path="x.png", sha256="0" * 64, domain="source")
+    with pytest.raises(DataError, match="one domain, got source and target"):
+        choose([*examples, source])
+    with pytest.raises(DataError, match=r"expected features \[8, D\], .* got \[7, 2\]"):
+        choose(examples, features=np.zeros((7, 2)))
+    with pytest.raises(DataError, match="expected finite features"):
+        choose(examples, features=np.full((8, 2), np.nan))
+
+
+def test_batches_hold_the_chosen_images_in_their_order(tmp_path: Path) -> None:
+    choice = choose(write_examples(tmp_path, 10))
+    read = list(batches(choice, SPEC, size=3))
+    assert [len(batch) for batch in read] == [3, 3, 2]
+    assert read[0].shape == (3, 16, 16, 1)
+    with Image.open(choice.chosen[4].path) as picture:
+        np.testing.assert_array_equal(read[1][1][:, :, 0], np.asarray(picture))
+    write_choice(tmp_path / "images.json", choice)
+    assert choice.chosen[0].reason in (tmp_path / "images.json").read_text()

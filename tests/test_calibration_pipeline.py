@@ -1,0 +1,165 @@
+"""Calibration from images to table, by value and by command."""
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+
+import calibration
+from calibration.__main__ import main
+from calibration.pipeline import Calibration, calibrate
+from runtime.dataset import Dataset, Example, write_dataset
+from runtime.errors import ExportError
+from runtime.preprocess import InputSpec
+from runtime.recipe import CalibrationSettings
+from tests.calibration_graphs import SIZE, draw_images, small_cnn
+
+SPEC = InputSpec(size=(SIZE, SIZE), channels=1)
+CLASSES = ("bad", "good")
+RECIPE = f"""
+name = "cells"
+[data]
+source = "elpv"
+[input]
+size = [{SIZE}, {SIZE}]
+channels = 1
+[calibration]
+images = 16
+method = "percentile"
+percentile = 99.0
+"""
+
+
+def write_examples(folder: Path, count: int = 20) -> list[Example]:
+    examples = []
+    for number, image in enumerate(draw_images(count, seed=7)):
+        path = folder / f"{number}.png"
+        Image.fromarray(image[:, :, 0]).save(path)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        label = CLASSES[number % 2]
+        examples.append(Example(path=str(path), sha256=digest, domain="target", label=label))
+    return examples
+
+
+def run(model: onnx.ModelProto, examples: list[Example], folder: Path, **other: int) -> Calibration:
+    settings = CalibrationSettings(images=other.pop("images", 16))
+    return calibrate(model, examples, CLASSES, SPEC, settings, seed=0, folder=folder)
+
+
+def test_a_table_is_used_again_only_if_nothing_changed(tmp_path: Path) -> None:
+    examples, folder = write_examples(tmp_path), tmp_path / "calibration"
+    first = run(small_cnn(), examples, folder)
+    assert (first.reused, first.reason) == (False, "there was none")
+    assert first.per_class == {"bad": 8, "good": 8}
+    second = run(small_cnn(), examples, folder)
+    assert second.reused
+    assert second.table == first.table
+    assert second.reason == "graph, images, preprocessing and method are as they were"
+    retrained = run(small_cnn(seed=1), examples, folder)
+    assert (retrained.reused, retrained.reason) == (False, "changed since the last one: graph")
+    fewer = run(small_cnn(seed=1), examples, folder, images=8)
+    assert (fewer.reused, fewer.reason) == (False, "changed since the last one: images")
+    (folder / "table.json").write_text("{")
+    mended = run(small_cnn(), examples, folder)
+    assert "not a calibration table" in mended.reason
+    assert mended.table == first.table
+
+
+def test_what_calibrate_leaves_is_what_the_dialects_read(tmp_path: Path) -> None:
+    model = small_cnn()
+    features = np.random.default_rng(0).normal(size=(20, 3))
+    done = calibrate(
+        model,
+        write_examples(tmp_path),
+        CLASSES,
+        SPEC,
+        CalibrationSettings(images=16),
+        seed=0,
+        folder=tmp_path,
+        features=features,
+    )
+    table = calibration.read_table(tmp_path / "table.json")
+    assert table == done.table
+    for dialect in (calibration.tensorrt_dialect, calibration.onnxruntime_dialect):
+        assert dialect.emit(model, table).quantized
+    chosen = json.loads((tmp_path / "images.json").read_text())["chosen"]
+    assert [image["sha256"] for image in chosen] == list(done.choice.digests)
+
+
+def test_few_images_and_missing_classes_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = [example for example in write_examples(tmp_path) if example.label == "good"]
+    with caplog.at_level(logging.WARNING):
+        run(small_cnn(), good, tmp_path)
+    assert "only 10 calibration images, 64 or more are advised" in caplog.messages
+    assert "no calibration image of class bad" in caplog.messages
+
+
+def test_a_graph_of_another_recipe_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="expected a graph with mean 128 and std 128, got mean 0"):
+        run(small_cnn(mean=0), write_examples(tmp_path), tmp_path)
+    wide = InputSpec(size=(32, 32), channels=1)
+    with pytest.raises(ExportError, match=r"expected images \[32, 32, 1\], got \[16"):
+        calibrate(small_cnn(), [], CLASSES, wide, CalibrationSettings(), seed=0, folder=tmp_path)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "cells.toml"
+    path.write_text(RECIPE)
+    return path
+
+
+def test_the_command_says_what_it_did(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(recipe)]) == 1
+    assert "run `python -m train RECIPE` first" in capsys.readouterr().err
+    build = tmp_path / "build" / "cells"
+    examples = write_examples(tmp_path)
+    black = tmp_path / "black.png"
+    Image.new("L", (SIZE, SIZE)).save(black)
+    digest = hashlib.sha256(black.read_bytes()).hexdigest()
+    dark = Example(path=str(black), sha256=digest, domain="target", label="dark")
+    dataset = Dataset(classes=("bad", "dark", "good"), examples=(*examples, dark))
+    write_dataset(build / "train" / "images.json", dataset)
+    assert main([str(recipe)]) == 1
+    assert "fp32.onnx: no such graph; run `python -m export" in capsys.readouterr().err
+    (build / "calibration").mkdir()
+    (build / "calibration" / "fp32.onnx").write_bytes(b"nonsense")
+    assert main([str(recipe)]) == 1
+    assert "not an ONNX model" in capsys.readouterr().err
+    onnx.save(small_cnn(), build / "calibration" / "fp32.onnx")
+    assert main([str(recipe)]) == 0
+    said = capsys.readouterr().out
+    assert "16 of 21 images: bad 8, dark 0, good 8" in said
+    assert f"1 refused\n  {black}: black: no level above 0" in said
+    assert "method percentile 99.0, table measured: there was none" in said
+    assert "most clipped:" in said
+    assert main([str(recipe), "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["reused"] is True
+    assert summary["per_class"] == {"bad": 8, "dark": 0, "good": 8}
+    assert 0 < summary["most_clipped"][0]["clipped"] <= 0.011
+
+
+def test_the_command_can_be_interrupted(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("calibration.__main__.run", interrupt)
+    assert main([str(recipe)]) == 130
+    assert capsys.readouterr().err.strip() == "interrupted"
+
+
+def test_the_face_is_what_it_says() -> None:
+    assert all(hasattr(calibration, name) for name in calibration.__all__)
