@@ -266,7 +266,15 @@ class _Job:
             kernels = dict(check_kernels(emitted))
         elif passed:
             with console.fraction(f"{form}: TensorRT engine") as progress:
-                proof = prove_engine(data, form, self.recipe.input.shape, intended, progress)
+                proof = prove_engine(
+                    data,
+                    form,
+                    intended,
+                    self.images,
+                    logits,
+                    min_agreement=self.recipe.gate.min_agreement,
+                    progress=progress,
+                )
             if not proof.passed:
                 passed, reason = False, proof.reason
         attempt = Attempt(

@@ -26,6 +26,13 @@ def show(release: Release) -> None:
             console.say(f"{report.form} is not in the bundle: {report.reason}")
         elif report.engine is not None and not report.engine.built:
             console.say(f"{report.form}: no engine was built: {report.engine.reason}")
+    engines = [report.engine for report in release.forms if report.engine is not None]
+    if engines and engines[0].gpu is None and engines[0].built:
+        first = engines[0]
+        console.say(
+            f"engines were built by {first.flavour} {first.version} for {first.target} and not "
+            f"run: {first.gpu_reason}"
+        )
 
 
 def _row(report: FormReport) -> list[str]:
