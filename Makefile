@@ -7,6 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LOCK := requirements/workstation.txt
+NAME = $(shell sed -n 's/^name *= *"\(.*\)".*/\1/p' $(RECIPE))
 
 help:  ## explain the targets
 	@echo "fieldfit: adapt a classifier to field images, prove it, run it on devices"
@@ -45,7 +46,7 @@ export: $(READY)  ## prove the model in every precision and write the bundle
 	@$(BIN)/python -m export $(RECIPE)
 
 run: $(READY)  ## classify a few held-out field images with the bundle
-	@$(BIN)/python -m export run $(RECIPE)
+	$(BIN)/fieldfit classify build/$(NAME)/bundle build/$(NAME)/samples
 
 test: $(READY)  ## run all tests
 	@$(BIN)/python -m pytest
