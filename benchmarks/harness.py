@@ -1,0 +1,195 @@
+"""Time things against each other, and write the figures down with the machine they come from.
+
+It does not know what is timed. Shared machines drift, so candidates run in turn (A B A B ...) and
+are compared round by round, in CPU time of this process: the claim is always a ratio.
+"""
+
+import datetime
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+
+from runtime import atomic, doctor
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Options(NamedTuple):
+    """What a person may choose for a benchmark."""
+
+    bundle: Path
+    quick: bool = False
+    """A few seconds instead of a minute or two: shows that it runs, proves nothing."""
+
+
+class Clocks(NamedTuple):
+    """Where times come from, in seconds; tests bring their own."""
+
+    cpu: Callable[[], float] = time.process_time
+    """All threads of this process, blind to other processes."""
+    wall: Callable[[], float] = time.perf_counter
+
+
+CLOCKS = Clocks()
+
+
+class Spread(msgspec.Struct, frozen=True):
+    """The middle of many values, and the tenth below and above which few of them lie."""
+
+    median: float
+    p10: float
+    p90: float
+
+    def __str__(self) -> str:
+        return f"{_digits(self.median)} ({_digits(self.p10)} to {_digits(self.p90)})"
+
+
+class Times(msgspec.Struct):
+    """What one candidate took in every round, in seconds."""
+
+    cpu: list[float] = []
+    wall: list[float] = []
+
+
+class Table(msgspec.Struct, frozen=True, kw_only=True):
+    """Rows for people. The first column names, the others are figures."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """What a benchmark returns: tables for people, the same figures unrounded for programs."""
+
+    title: str
+    tables: tuple[Table, ...]
+    figures: dict[str, object]
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True):
+    """A report with what is needed to repeat it."""
+
+    name: str
+    command: str
+    date: str
+    machine: dict[str, str]
+    report: Report
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    seconds: float,
+    least: int = 5,
+    warmup: int = 3,
+    clocks: Clocks = CLOCKS,
+) -> dict[str, Times]:
+    """Call each of ``calls`` in turn for about ``seconds`` in all, at least ``least`` rounds.
+
+    ``warmup`` calls of each come first and are not counted.
+    """
+    for call in calls.values():
+        for _ in range(warmup):
+            call()
+    times = {name: Times() for name in calls}
+    end = clocks.wall() + seconds
+    rounds = 0
+    while rounds < least or clocks.wall() < end:
+        for name, call in calls.items():
+            cpu, wall = clocks.cpu(), clocks.wall()
+            call()
+            times[name].wall.append(clocks.wall() - wall)
+            times[name].cpu.append(clocks.cpu() - cpu)
+        rounds += 1
+    return times
+
+
+def spread(values: Iterable[float], *, scale: float = 1.0) -> Spread:
+    """Median, 10th and 90th percentile of ``values`` times ``scale``."""
+    p10, median, p90 = np.percentile(np.array(list(values)) * scale, [10, 50, 90])
+    return Spread(float(median), float(p10), float(p90))
+
+
+def ratio(one: Sequence[float], other: Sequence[float]) -> Spread:
+    """``one / other`` round by round: how many times longer ``one`` takes."""
+    return spread(a / b for a, b in zip(one, other, strict=True))
+
+
+def difference(one: Sequence[float], other: Sequence[float], *, scale: float = 1.0) -> Spread:
+    """``one - other`` round by round, times ``scale``."""
+    return spread((a - b for a, b in zip(one, other, strict=True)), scale=scale)
+
+
+def machine(load: str) -> dict[str, str]:
+    """What figures depend on beside the code; no path and no name of a host."""
+    facts = doctor.facts()
+    return {
+        "processor": facts["cpu"],
+        "8-bit instructions": facts["int8 on cpu"],
+        "system": f"{platform.system()} {platform.machine()}",
+        "load": load,
+        "python": platform.python_version(),
+        **{name: facts[name] for name in ("fieldfit", "numpy", "onnxruntime")},
+        "revision": _revision(),
+    }
+
+
+def run(name: str, measure: Callable[[], Report], command: str) -> Record:
+    """``measure()`` with the command, the date, the machine, and how busy that was meanwhile."""
+    before = os.getloadavg()[0]
+    report = measure()
+    # Our own one or two threads are part of the load; what lies above them was others' work.
+    load = f"{before:.1f} before, {os.getloadavg()[0]:.1f} after, of {os.cpu_count()} cores"
+    date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    return Record(name=name, command=command, date=date, machine=machine(load), report=report)
+
+
+def write(record: Record, folder: Path = RESULTS) -> list[Path]:
+    """Write ``NAME.json`` and ``NAME.md`` to ``folder``; return their paths."""
+    data = msgspec.json.format(msgspec.json.encode(record), indent=1)
+    paths = [folder / f"{record.name}.json", folder / f"{record.name}.md"]
+    atomic.write_bytes(paths[0], data + b"\n")
+    atomic.write_text(paths[1], markdown(record))
+    return paths
+
+
+def markdown(record: Record) -> str:
+    """The tables of ``record``, and under them how they were made."""
+    parts = [f"# {record.report.title}"]
+    for table in record.report.tables:
+        parts += [f"## {table.title}", _grid(table), *table.notes]
+    facts = "; ".join(f"{name} {value}" for name, value in record.machine.items())
+    parts.append(f"Made by `{record.command}` on {record.date}. {facts}.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _grid(table: Table) -> str:
+    lines = [table.columns, ("---", *["---:"] * (len(table.columns) - 1)), *table.rows]
+    # A bar inside a cell would begin a new one.
+    return "\n".join(f"| {' | '.join(c.replace('|', '/') for c in cells)} |" for cells in lines)
+
+
+def _digits(value: float) -> str:
+    """Three significant digits: more would be noise."""
+    places = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
+    return f"{value:.{places}f}"
+
+
+def _revision() -> str:
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()

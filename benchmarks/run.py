@@ -1,0 +1,84 @@
+"""``python -m benchmarks.run``: measure, and write the tables to ``benchmarks/results``.
+
+Every other file of this folder with a ``measure(options)`` is a benchmark; its docstring's first
+line is its help.
+"""
+
+import argparse
+import functools
+import importlib
+import pkgutil
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import benchmarks
+from benchmarks import harness
+from runtime.command import run_command
+
+BUNDLE = Path("build") / "solar" / "bundle"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the benchmarks that are asked for and return the exit code."""
+    modules = find()
+    options = _parser(modules).parse_args(argv)
+    names = options.names or list(modules)
+    return run_command("benchmarks", lambda: _run({n: modules[n] for n in names}, options))
+
+
+def find() -> dict[str, ModuleType]:
+    """The benchmarks by name."""
+    names = sorted(module.name for module in pkgutil.iter_modules(benchmarks.__path__))
+    modules = {n: importlib.import_module(f"benchmarks.{n}") for n in names if n != "run"}
+    return {name: module for name, module in modules.items() if hasattr(module, "measure")}
+
+
+def _parser(modules: dict[str, ModuleType]) -> argparse.ArgumentParser:
+    summaries = "\n".join(
+        f"  {name:<12}{(module.__doc__ or '').splitlines()[0]}" for name, module in modules.items()
+    )
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run",
+        description="Measure on this machine and write benchmarks/results/NAME.json and NAME.md.\n"
+        "Speeds are ratios of interleaved runs; leave the machine alone meanwhile.\n\n"
+        f"benchmarks:\n{summaries}",
+        epilog="Example: python -m benchmarks.run inference --bundle build/solar-all/bundle",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "names", nargs="*", choices=[[], *modules], metavar="NAME", help="default all"
+    )
+    parser.add_argument(
+        "--bundle", type=Path, default=BUNDLE, metavar="PATH", help=f"default {BUNDLE}"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a few seconds: print the tables, write nothing"
+    )
+    return parser
+
+
+def _run(modules: dict[str, ModuleType], options: argparse.Namespace) -> int:
+    chosen = harness.Options(bundle=options.bundle, quick=options.quick)
+    for name, module in modules.items():
+        print(f"benchmarks: {name} ...", file=sys.stderr)
+        measure = functools.partial(module.measure, chosen)
+        record = harness.run(name, measure, _command(name, options))
+        print(harness.markdown(record))
+        if not options.quick:
+            for path in harness.write(record):
+                print(f"benchmarks: wrote {path}", file=sys.stderr)
+    return 0
+
+
+def _command(name: str, options: argparse.Namespace) -> str:
+    command = f"python -m benchmarks.run {name}"
+    if options.bundle != BUNDLE and name == "inference":
+        # Figures are published: where a bundle lies on this disk is nobody's business.
+        shown = options.bundle.name if options.bundle.is_absolute() else options.bundle
+        command += f" --bundle {shown}"
+    return command + (" --quick" if options.quick else "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
