@@ -1,0 +1,162 @@
+"""INT8 against FP32 on onnxruntime's CPU provider, and what the runtime adds to the bare call.
+
+One thread, so that the figures say something about a device whose other cores have other work.
+"""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.harness import Options, Report, Table, Times, difference, interleave, ratio, spread
+from runtime import Bundle, Classifier
+from runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
+from runtime.errors import BundleError
+
+UInt8 = npt.NDArray[np.uint8]
+
+FORMS = ("fp32", "int8-cpu")
+BATCHES = (1, 16)
+CALLS = 100
+"""Calls of the empty model in one round: one alone is too short for the clock."""
+
+
+def measure(options: Options) -> Report:
+    """Time the bundle of ``options``.
+
+    Raises BundleError if there is none, or it lacks a form.
+    """
+    if not options.bundle.exists():
+        raise BundleError(f"{options.bundle}: no bundle there; run make train export first")
+    bundle = Bundle.open(options.bundle)
+    seconds = 1.0 if options.quick else 15.0
+    forms, timings = _forms(bundle, seconds)
+    wrapper, wrapper_us = _wrapper(seconds / 3)
+    stages, stage_ms = _stages(options.bundle, seconds / 3)
+    return Report(
+        title=f"Inference of {bundle.manifest.name} {bundle.manifest.version}",
+        tables=(forms, wrapper, stages),
+        figures={"forms": timings, "wrapper_us": wrapper_us, "stages_ms": stage_ms},
+    )
+
+
+def _forms(bundle: Bundle, seconds: float) -> tuple[Table, list[object]]:
+    engines = [OnnxRuntimeEngine(bundle.model(form), form=form, threads=1) for form in FORMS]
+    golden: UInt8 = bundle.golden()["images"]
+    rows, figures = [], list[object]()
+    for batch in BATCHES:
+        images = np.resize(golden, (batch, *golden.shape[1:]))
+        calls: dict[str, Callable[[], object]] = {
+            engine.form: lambda engine=engine, images=images: engine.infer(images)  # type: ignore[misc]
+            for engine in engines
+        }
+        times = interleave(calls, seconds=seconds)
+        for form in FORMS:
+            cpu = spread(times[form].cpu, scale=1e3)
+            speed = ratio(times[FORMS[0]].cpu, times[form].cpu)
+            wall = ratio(times[FORMS[0]].wall, times[form].wall)
+            rounds = len(times[form].cpu)
+            rows.append((f"{form}, batch {batch}", str(speed), str(wall), str(cpu), str(rounds)))
+            figures.append(
+                {
+                    "form": form, "batch": batch, "rounds": rounds, "cpu_ms": cpu,
+                    "speed_cpu": speed, "speed_wall": wall,
+                }
+            )  # fmt: skip
+    height, width, channels = bundle.manifest.input.shape
+    table = Table(
+        title=f"Speed relative to {FORMS[0]}, {height} x {width} x {channels}, one thread",
+        columns=("form", "speed by CPU time", "by wall time", "CPU ms a call", "rounds"),
+        rows=tuple(rows),
+        notes=("Median (10th to 90th percentile) of round-by-round ratios; higher is faster.",),
+    )
+    return table, figures
+
+
+def _wrapper(seconds: float) -> tuple[Table, object]:
+    engine = OnnxRuntimeEngine(_empty_model(), form="fp32", threads=1)
+    session = engine._session  # the same one, so that nothing but the wrapper differs
+    image = np.zeros((1, *engine.shape), np.uint8)
+    outputs, feed = ["logits", "features"], {"image": image}
+
+    def bare() -> None:
+        for _ in range(CALLS):
+            session.run(outputs, feed)
+
+    def wrapped() -> None:
+        for _ in range(CALLS):
+            engine.infer(image)
+
+    times = interleave({"session.run": bare, "Engine.infer": wrapped}, seconds=seconds)
+    each = {name: spread(t.cpu, scale=1e6 / CALLS) for name, t in times.items()}
+    added = difference(times["Engine.infer"].cpu, times["session.run"].cpu, scale=1e6 / CALLS)
+    rows = [(f"`{name}`", str(value)) for name, value in each.items()]
+    table = Table(
+        title="What `Engine.infer` adds to `session.run`, on a model that does nearly nothing",
+        columns=("call", "CPU µs"),
+        rows=(*rows, ("difference", str(added))),
+    )
+    return table, {**each, "difference": added}
+
+
+def _empty_model() -> bytes:
+    """The smallest graph that keeps the contract: means of the image as features and logits."""
+    from onnx import TensorProto, helper
+
+    graph = helper.make_graph(
+        [
+            helper.make_node("Cast", ["image"], ["levels"], to=TensorProto.FLOAT),
+            helper.make_node("GlobalAveragePool", ["levels"], ["means"]),
+            helper.make_node("Flatten", ["means"], ["features"]),
+            helper.make_node("Identity", ["features"], ["logits"]),
+        ],
+        "empty",
+        [helper.make_tensor_value_info("image", TensorProto.UINT8, ["N", 2, 2, 1])],
+        [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 2])
+            for name in ("logits", "features")
+        ],
+    )
+    opsets = [helper.make_opsetid("", 20)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+    return bytes(model.SerializeToString())
+
+
+def _stages(path: Path, seconds: float) -> tuple[Table, object]:
+    with Classifier.open(path, threads=1) as classifier:
+        images, what = _encoded(path, classifier.bundle)
+        stages: dict[str, list[float]] = {"preprocess": [], "infer": []}
+
+        def classify() -> None:
+            for image in images:
+                for stage, milliseconds in classifier(image).milliseconds.items():
+                    stages[stage].append(milliseconds)
+
+        times: Times = interleave({"all": classify}, seconds=seconds, warmup=1)["all"]
+        engine = str(classifier.engine)
+    known = {stage: spread(values) for stage, values in stages.items()}
+    known["whole call"] = spread(times.wall, scale=1e3 / len(images))
+    table = Table(
+        title=f"Where `classifier(image)` spends its time: {what}, {engine}, one thread",
+        columns=("stage", "wall ms"),
+        rows=tuple((stage, str(value)) for stage, value in known.items()),
+        notes=("Preprocessing decodes and resizes; the rest of the call is softmax and answer.",),
+    )
+    return table, known
+
+
+def _encoded(path: Path, bundle: Bundle) -> tuple[list[bytes], str]:
+    """Encoded images as a camera or a folder would give them."""
+    samples = sorted((path.parent / "samples").glob("*.png"))
+    if samples:
+        return [sample.read_bytes() for sample in samples], "the samples beside the bundle"
+    from PIL import Image
+
+    encoded = []
+    for pixels in bundle.golden()["images"]:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels.squeeze()).save(buffer, "PNG")
+        encoded.append(buffer.getvalue())
+    return encoded, "the golden samples as PNG"
