@@ -114,7 +114,25 @@ def _plan(graph: Graph, float_nodes: Collection[str]) -> _Plan:
         plan.followers.add(node.name)
         for tensor in graph.data_outputs(node):
             plan.quantized.add(_behind(graph, plan, tensor))
+    plan.kept_float.update(_conversions(graph, plan, float_nodes))
     return plan
+
+
+def _conversions(graph: Graph, plan: _Plan, float_nodes: Collection[str]) -> dict[str, str]:
+    """Other nodes that read or make 8-bit tensors but compute in float, with the reason."""
+    result = {}
+    done = {*plan.convs, *plan.kept_float, *plan.followers, *plan.vanished}
+    for node in graph.nodes.values():
+        tensors = [*graph.data_inputs(node), *graph.data_outputs(node)]
+        if node.name in done or not plan.quantized.intersection(tensors):
+            continue
+        if node.name in float_nodes:
+            result[node.name] = "asked for by float_nodes"
+        elif node.op_type not in _FOLLOWERS or not _has_kernel(graph, node):
+            result[node.name] = f"{node.op_type}: onnxruntime has no 8-bit kernel for it"
+        else:
+            result[node.name] = f"{node.op_type}: its neighbours are float"
+    return result
 
 
 def _why_float(

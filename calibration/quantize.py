@@ -35,7 +35,7 @@ class Emitted:
     quantized: tuple[str, ...]
     """Names of the convolutions that are meant to run in INT8, in graph order."""
     kept_float: Mapping[str, str]
-    """Names of the layers that stay float, with the reason."""
+    """Names of the nodes that stay float though they cost time, with the reason."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -89,12 +89,13 @@ def choose(
     convs: dict[str, Conv] = {}
     kept_float: dict[str, str] = {}
     for node in graph.nodes.values():
+        if node.name in float_nodes:
+            kept_float[node.name] = "asked for by float_nodes"
+            continue
         if node.op_type not in LINEAR_OPS:
             continue
         conv = graph.conv(node)
-        if node.name in float_nodes:
-            kept_float[node.name] = "asked for by float_nodes"
-        elif node.op_type in ("Gemm", "MatMul"):
+        if node.op_type in ("Gemm", "MatMul"):
             kept_float[node.name] = f"{node.op_type}: only convolutions are quantized"
         elif conv is None:
             kept_float[node.name] = f"{node.op_type}: its weights are not a plain constant"

@@ -450,6 +450,18 @@ def test_a_float_add_pool_or_activation_is_respected(emit: Emit) -> None:
     assert sqnr_db(run(model, images), run(emitted.model, images)) > 25
 
 
+def test_float_nodes_between_8_bit_ones_are_listed() -> None:
+    model = family("convnext")
+    kept = onnxruntime_dialect.emit(model, prepare(model)[0]).kept_float
+    by_op = {Graph(model).nodes[name].op_type: reason for name, reason in kept.items()}
+    assert by_op["Gelu"] == "Gelu: onnxruntime has no 8-bit kernel for it"
+    assert by_op["MatMul"] == "MatMul: only convolutions are quantized"
+    assert by_op["Transpose"] == "Transpose: its neighbours are float"
+    add = next(n.name for n in model.graph.node if n.op_type == "Add" and "normal" not in n.output)
+    kept = onnxruntime_dialect.emit(model, prepare(model)[0], float_nodes=[add]).kept_float
+    assert kept[add] == "asked for by float_nodes"
+
+
 @BOTH
 def test_another_graphs_table_is_refused(emit: Emit) -> None:
     table, _ = prepare(one_conv())
