@@ -258,7 +258,7 @@ def test_ctrl_c_while_fine_tuning_and_the_same_command_again(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("room", "after"),
-    [("train", "images"), ("train", "training on"), 
+    [("train", "images"), ("train", "training on"),
      ("export", "fp16: passed")],
 )  # fmt: skip
 def test_ctrl_c_at_other_stages(smoke: Path, tmp_path: Path, room: str, after: str) -> None:
