@@ -31,8 +31,9 @@ class TensorRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_on
     """Values outside saturate."""
     clipped: float = 0.0
     """Share of the observed values outside ``chosen``, 0 to 1."""
-    channel_means: tuple[float, ...] = ()
-    """Mean of each channel, for the inputs of convolutions: biases are corrected with them."""
+    channel_means: tuple[float, ...]
+    """Mean of each channel, for the inputs of convolutions: biases are corrected with them.
+    Empty for other tensors."""
 
 
 class TableKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -165,7 +165,11 @@ def test_a_table_says_what_is_wrong_with_it(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="not a calibration table"):
         read_table(path)
     key = table_key(small_cnn(), [], InputSpec(), MINMAX)
-    table = Table(key=key, images=1, tensors={"x": TensorRange(observed=(0, 1), chosen=(0, 1))})
+    table = Table(
+        key=key,
+        images=1,
+        tensors={"x": TensorRange(observed=(0, 1), chosen=(0, 1), channel_means=())},
+    )
     assert table.range("x") == (0, 1)
     with pytest.raises(ExportError, match="no range for tensor 'y'"):
         table.range("y")
