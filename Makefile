@@ -1,5 +1,5 @@
 # One word per job. `make` alone explains them. Settings live in the recipe, not here.
-.PHONY: help setup train calibration export run test check format lock bench clean
+.PHONY: help setup train calibration export run test docs check format lock bench clean
 
 PYTHON ?= python3
 RECIPE ?= train/recipes/solar.toml
@@ -50,6 +50,9 @@ run: $(READY)  ## classify a few held-out field images with the bundle
 
 test: $(READY)  ## run all tests
 	@$(BIN)/python -m pytest
+
+docs: $(READY)  ## write the pages that are made from the code
+	@$(BIN)/python docs/generate.py
 
 check: $(READY)  ## lint, format, types and layers
 	@$(BIN)/ruff check .

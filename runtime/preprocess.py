@@ -82,7 +82,9 @@ class InputSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     channels: Annotated[int, msgspec.Meta(ge=1, le=3)] = 3
     """1 for gray sensors, 3 for RGB."""
     resize: Resize = Resize.SQUASH
+    """Stretch to the size, cut the middle out, or pad the shorter side."""
     interpolation: Interpolation = Interpolation.BILINEAR
+    """Filter of the resize, antialiased when shrinking."""
     mean: Annotated[int, msgspec.Meta(ge=0, le=255)] = 128
     """Subtracted from every byte, in 8-bit levels."""
     std: Annotated[float, msgspec.Meta(gt=0, le=255)] = 128.0

@@ -31,8 +31,11 @@ class Splits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """Shares of each domain; together they make 1."""
 
     train: Share = 0.65
+    """What training may see; calibration images come from here too."""
     validation: Share = 0.10
+    """What decides between rungs, epochs and penalties."""
     test: Share = 0.25
+    """What the gate judges artifacts by; no choice ever sees it."""
 
     def __post_init__(self) -> None:
         total = self.train + self.validation + self.test
@@ -48,6 +51,7 @@ class DataSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     target: str | None = None
     """The field domain, in the same forms. Without one, the source is the field."""
     splits: Splits = Splits()
+    """How each domain is divided; see below."""
     limit: Annotated[int, msgspec.Meta(ge=0)] = 0
     """Use at most this many images of each domain, stratified; 0 uses all."""
 
@@ -76,15 +80,19 @@ class TrainSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     epochs: Count = 4
     """Fine-tuning passes over the training images."""
     batch: Annotated[int, msgspec.Meta(ge=2, le=4096)] = 32
+    """Images of one optimizer step."""
     learning_rate: Rate = 4e-4
     """Peak rate of the backbone, after warm-up, before cosine decay."""
     head_learning_rate: Rate = 4e-4
+    """Peak rate of the head."""
     weight_decay: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1e-4
+    """Of AdamW."""
     warmup: Budget = 0.1
     """Share of the steps over which the rate rises from 0."""
     freeze: tuple[str, ...] = ()
     """Modules whose weights stay as they are, by timm's names, e.g. ``conv_stem``, ``blocks.0``."""
     augment: tuple[Augmentation, ...] = ("flip-horizontal", "flip-vertical")
+    """Each is applied to half of the images, at random; leave out what changes the label."""
 
 
 class CalibrationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -93,6 +101,7 @@ class CalibrationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
     images: Annotated[int, msgspec.Meta(ge=8, le=4096)] = 128
     """Images of the target's training split; 64 or more are advised."""
     method: Literal["minmax", "percentile"] = "minmax"
+    """How a range is chosen from what was observed."""
     percentile: Annotated[float, msgspec.Meta(ge=99, le=100)] = 99.99
     """Share of the activations inside the range, in percent, for ``percentile``."""
 
@@ -101,6 +110,7 @@ class ExportSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """``[export]``: what is released."""
 
     version: Annotated[str, msgspec.Meta(pattern=r"^[0-9]+(\.[0-9]+)*([a-z0-9.+-]*)\Z")] = "0.1.0"
+    """Of the bundle; the zip is called NAME-VERSION.zip."""
     forms: tuple[ReleaseForm, ...] = ("fp16", "int8", "int8-cpu")
     """Forms to offer to the gate beside ``fp32``, which is always there."""
     golden: Annotated[int, msgspec.Meta(ge=2, le=64)] = 8
@@ -111,9 +121,13 @@ class GateSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """``[gate]``: what an artifact may lose against the checkpoint on held-out field images."""
 
     min_agreement: Budget = 0.98
+    """Smallest share of images on which it gives the checkpoint's answer."""
     min_sqnr_db: Annotated[float, msgspec.Meta(ge=0, le=200)] = 15.0
+    """Smallest signal-to-quantization-noise ratio of its logits, in decibels."""
     max_accuracy_drop: Budget = 0.01
+    """Largest loss of accuracy, as a share: 0.01 is one point."""
     max_worst_recall_drop: Budget = 0.03
+    """Largest loss of the recall of the class that has the smallest."""
 
 
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -123,6 +137,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """Results go to ``build/NAME/``."""
     data: DataSettings
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**31)] = 0
+    """Of splits, order, augmentation and every choice; the same seed gives the same result."""
     input: InputSpec = InputSpec()
     model: ModelSettings = ModelSettings()
     train: TrainSettings = TrainSettings()

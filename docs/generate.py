@@ -1,0 +1,184 @@
+"""Write the reference pages that can be made from the code: recipe keys and command help.
+
+``make docs`` runs it; a test fails when a page is stale. It invents no words: what the pages say
+are the docstrings of runtime/recipe.py and the help texts of the commands.
+"""
+
+import ast
+import inspect
+import itertools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+import msgspec
+
+from runtime import preprocess, recipe
+from runtime.recipe import Recipe
+
+DOCS = Path(__file__).resolve().parent
+COMMANDS = (
+    ("train",), ("calibration",), ("export",),
+    ("runtime",), ("runtime", "classify"), ("runtime", "verify"), ("runtime", "doctor"),
+    ("runtime", "benchmark"),
+)  # fmt: skip
+
+
+def recipe_page() -> str:
+    """``recipe.md``: every table and key with type, default and meaning."""
+    lines = [
+        "# The recipe",
+        "",
+        "<!-- Generated from runtime/recipe.py by `make docs`; edit the docstrings there. -->",
+        "",
+        "One TOML file is one complete configuration. Unknown keys, wrong types and values out of",
+        "range are errors that name the table and the key. Relative paths are relative to the",
+        "recipe's folder; results go to `build/NAME/` in the working directory.",
+        "",
+        "```toml",
+        (DOCS.parent / "train" / "recipes" / "solar.toml").read_text().rstrip(),
+        "```",
+        "",
+        "## Top level",
+        "",
+        *_table(Recipe, skip_tables=True),
+    ]
+    for field in msgspec.structs.fields(Recipe):
+        struct = _struct(field.type)
+        if struct is not None:
+            lines += ["", f"## [{field.name}]", "", _first(inspect.getdoc(struct)), ""]
+            lines += _table(struct)
+            for inner in msgspec.structs.fields(struct):
+                nested = _struct(inner.type)
+                if nested is not None:
+                    title = f"### [{field.name}.{inner.name}]"
+                    lines += ["", title, "", _first(inspect.getdoc(nested)), "", *_table(nested)]
+    return "\n".join(lines) + "\n"
+
+
+def commands_page() -> str:
+    """``commands.md``: the help text of every command."""
+    lines = [
+        "# Commands",
+        "",
+        "<!-- Generated from the commands' --help by `make docs`. -->",
+        "",
+        "Results go to stdout, everything else to stderr. Exit codes: 0 success, 1 an error with",
+        "one line that says what to do, 2 wrong usage, 130 interrupted.",
+    ]
+    for module, *verb in COMMANDS:
+        name = " ".join(["fieldfit", *verb]) if module == "runtime" else f"python -m {module}"
+        done = subprocess.run(
+            [sys.executable, "-m", module, *verb, "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=DOCS.parent,
+            env={**os.environ, "COLUMNS": "88", "NO_COLOR": "1", "PYTHON_COLORS": "0"},
+        )
+        lines += ["", f"## {name}", "", "```text", done.stdout.rstrip(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {"recipe.md": recipe_page, "commands.md": commands_page}
+
+
+def _table(struct: type, *, skip_tables: bool = False) -> list[str]:
+    meanings = _attribute_docs(struct)
+    hints = get_type_hints(struct, include_extras=True)
+    lines = ["| key | values | default | meaning |", "| --- | --- | --- | --- |"]
+    for field in msgspec.structs.fields(struct):
+        if _struct(field.type) is not None:
+            if not skip_tables:
+                row = (f"`{field.name}`", "table", "see below", meanings.get(field.name, ""))
+                lines.append("| " + " | ".join(row) + " |")
+            continue
+        default = "required" if field.default is msgspec.NODEFAULT else _toml(field.default)
+        values = _values(hints[field.name]).replace("|", "\\|")
+        meaning = meanings.get(field.name, "").replace("|", "\\|")
+        lines.append(f"| `{field.name}` | {values} | {default} | {meaning} |")
+    return lines
+
+
+def _struct(kind: Any) -> type | None:
+    return kind if isinstance(kind, type) and issubclass(kind, msgspec.Struct) else None
+
+
+def _values(kind: Any) -> str:
+    """A type in words."""
+    if get_origin(kind) is Annotated:
+        base, *notes = get_args(kind)
+        return " ".join([_values(base), *filter(None, (_bounds(note) for note in notes))])
+    if str(get_origin(kind)) == "typing.Literal":
+        return ", ".join(f'`"{value}"`' for value in get_args(kind))
+    if isinstance(kind, type) and issubclass(kind, str) and hasattr(kind, "__members__"):
+        return ", ".join(f'`"{member.value}"`' for member in kind)  # type: ignore[attr-defined]
+    arguments = get_args(kind)
+    if get_origin(kind) is tuple:
+        if arguments[-1] is Ellipsis:
+            return f"list of {_values(arguments[0])}"
+        return f"list of {len(arguments)}: {_values(arguments[0])}"
+    if arguments:  # a union with None
+        return " or ".join(_values(a) for a in arguments if a is not type(None))
+    return {int: "whole number", float: "number", str: "text"}.get(kind, str(kind))
+
+
+def _bounds(note: Any) -> str:
+    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    parts = [f"{word} {getattr(note, name):g}" for name, word in words.items()
+             if getattr(note, name, None) is not None]  # fmt: skip
+    if getattr(note, "pattern", None):
+        parts.append(f"matching `{note.pattern}`")
+    return ", ".join(parts)
+
+
+def _toml(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, tuple):
+        return "`[" + ", ".join(_toml(v).strip("`") for v in value) + "]`"
+    if isinstance(value, str):
+        return f'`"{getattr(value, "value", value)}"`'
+    return f"`{value:g}`" if isinstance(value, float) else f"`{value}`"
+
+
+def _attribute_docs(struct: type) -> dict[str, str]:
+    """The string under each attribute of a class: Python keeps none of them."""
+    module = {"runtime.recipe": recipe, "runtime.preprocess": preprocess}[struct.__module__]
+    body = next(
+        node.body
+        for node in ast.parse(inspect.getsource(module)).body
+        if isinstance(node, ast.ClassDef) and node.name == struct.__name__
+    )
+    docs = {}
+    for attribute, text in itertools.pairwise(body):
+        if (
+            isinstance(attribute, ast.AnnAssign)
+            and isinstance(attribute.target, ast.Name)
+            and isinstance(text, ast.Expr)
+            and isinstance(text.value, ast.Constant)
+        ):
+            docs[attribute.target.id] = _first(str(text.value.value))
+    return docs
+
+
+def _first(text: str | None) -> str:
+    """A docstring on one line, with Markdown's single backticks."""
+    words = re.sub(r"\s+", " ", (text or "").replace("``", "`")).strip()
+    words = re.sub(r"^`\[[a-z]+\]`: ", "", words)  # the heading says it already
+    return words[:1].upper() + words[1:]
+
+
+def main() -> int:
+    """Write every page."""
+    for name, page in PAGES.items():
+        (DOCS / name).write_text(page(), encoding="utf-8")
+        print(f"wrote docs/{name}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
