@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runtime.errors import ExportError, FieldfitError
+from runtime.command import run_command
+from runtime.errors import ExportError
 
 if TYPE_CHECKING:
     from calibration.pipeline import Calibration
@@ -31,14 +32,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        folder, calibration = run(arguments.recipe)
-    except FieldfitError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    return run_command("calibration", lambda: _show(arguments))
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    folder, calibration = run(arguments.recipe)
     summary = summarize(folder, calibration)
     print(json.dumps(summary, indent=1) if arguments.json else describe(summary))
     return 0

@@ -1,4 +1,4 @@
-"""Write the reference pages that can be made from the code: recipe keys and command help.
+"""Write what can be made from the code: recipe keys, command help, the README's table.
 
 ``make docs`` runs it; a test fails when a page is stale. It invents no words: what the pages say
 are the docstrings of runtime/recipe.py and the help texts of the commands.
@@ -7,6 +7,7 @@ are the docstrings of runtime/recipe.py and the help texts of the commands.
 import ast
 import inspect
 import itertools
+import json
 import os
 import re
 import subprocess
@@ -16,10 +17,14 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import msgspec
 
+from export import table
+from export.pipeline import Release
 from runtime import preprocess, recipe
 from runtime.recipe import Recipe
 
 DOCS = Path(__file__).resolve().parent
+BEGIN = "<!-- begin generated: make docs -->"
+END = "<!-- end generated -->"
 COMMANDS = (
     ("train",), ("calibration",), ("export",),
     ("runtime",), ("runtime", "classify"), ("runtime", "verify"), ("runtime", "doctor"),
@@ -83,7 +88,26 @@ def commands_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"recipe.md": recipe_page, "commands.md": commands_page}
+def readme() -> str:
+    """``README.md`` with the table of the newest measured release of the default recipe."""
+    path = DOCS.parent / "benchmarks" / "results" / "quality.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    release = msgspec.convert(record["report"]["figures"]["solar"]["release"], Release)
+    lines = [
+        "| " + " | ".join(table.COLUMNS) + " |",
+        "| --- |" + " ---: |" * (len(table.COLUMNS) - 1),
+        *("| " + " | ".join(row) + " |" for row in table.rows(release)),
+        "",
+        f"*{table.title(release)}; {record['machine']['processor']}, "
+        f"{record['date']}; made by `make train export`.*",
+    ]
+    text = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    return before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + after
+
+
+PAGES = {"docs/recipe.md": recipe_page, "docs/commands.md": commands_page, "README.md": readme}
 
 
 def _table(struct: type, *, skip_tables: bool = False) -> list[str]:
@@ -175,8 +199,8 @@ def _first(text: str | None) -> str:
 def main() -> int:
     """Write every page."""
     for name, page in PAGES.items():
-        (DOCS / name).write_text(page(), encoding="utf-8")
-        print(f"wrote docs/{name}")
+        (DOCS.parent / name).write_text(page(), encoding="utf-8")
+        print(f"wrote {name}")
     return 0
 
 

@@ -12,15 +12,23 @@ COLUMNS = (
 # fmt: on
 
 
-def show(release: Release) -> None:
-    """Print the table and, below it, the reason of everything that was refused."""
-    title = (
+def title(release: Release) -> str:
+    """What was judged, and on what."""
+    return (
         f"{release.name} {release.version} on {release.reference.samples} held-out "
         f"{release.field} images"
     )
-    rows = [["checkpoint", "", *_quality(release.reference), "", "", "reference"]]
-    rows += [_row(report) for report in release.forms]
-    console.table(title, COLUMNS, rows)
+
+
+def rows(release: Release) -> list[list[str]]:
+    """The cells of the table under COLUMNS: the checkpoint first, then each form."""
+    checkpoint = ["checkpoint", "", *_quality(release.reference), "", "", "reference"]
+    return [checkpoint, *(_row(report) for report in release.forms)]
+
+
+def show(release: Release) -> None:
+    """Print the table and, below it, the reason of everything that was refused."""
+    console.table(title(release), COLUMNS, rows(release))
     for report in release.forms:
         if not report.released:
             console.say(f"{report.form} is not in the bundle: {report.reason}")

@@ -158,7 +158,7 @@ def test_the_command_can_be_interrupted(
 
     monkeypatch.setattr("calibration.__main__.run", interrupt)
     assert main([str(recipe)]) == 130
-    assert capsys.readouterr().err.strip() == "interrupted"
+    assert capsys.readouterr().err.strip() == "calibration: interrupted"
 
 
 def test_the_face_is_what_it_says() -> None:

