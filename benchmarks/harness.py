@@ -52,7 +52,7 @@ class Spread(msgspec.Struct, frozen=True):
 
 
 class Times(msgspec.Struct):
-    """What one candidate took in every round, in seconds."""
+    """What one call of a candidate took in every round, in seconds."""
 
     cpu: list[float] = []
     wall: list[float] = []
@@ -86,29 +86,36 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def interleave(
-    calls: Mapping[str, Callable[[], object]],
+    candidates: Mapping[str, Callable[[], object]],
     *,
     seconds: float,
     least: int = 5,
     warmup: int = 3,
+    settle: int = 0,
+    calls: int = 1,
     clocks: Clocks = CLOCKS,
 ) -> dict[str, Times]:
-    """Call each of ``calls`` in turn for about ``seconds`` in all, at least ``least`` rounds.
+    """Let ``candidates`` take turns for about ``seconds`` in all, at least ``least`` rounds.
 
-    ``warmup`` calls of each come first and are not counted.
+    A turn is ``settle`` calls that are not counted, then ``calls`` that are timed together. What
+    ran before has filled the caches with its own data: settle first to time what runs again and
+    again, do not to time what runs now and then. ``warmup`` calls of each come before all.
     """
-    for call in calls.values():
+    for call in candidates.values():
         for _ in range(warmup):
             call()
-    times = {name: Times() for name in calls}
+    times = {name: Times() for name in candidates}
     end = clocks.wall() + seconds
     rounds = 0
     while rounds < least or clocks.wall() < end:
-        for name, call in calls.items():
+        for name, call in candidates.items():
+            for _ in range(settle):
+                call()
             cpu, wall = clocks.cpu(), clocks.wall()
-            call()
-            times[name].wall.append(clocks.wall() - wall)
-            times[name].cpu.append(clocks.cpu() - cpu)
+            for _ in range(calls):
+                call()
+            times[name].wall.append((clocks.wall() - wall) / calls)
+            times[name].cpu.append((clocks.cpu() - cpu) / calls)
         rounds += 1
     return times
 

@@ -62,6 +62,18 @@ def test_rounds_go_on_until_the_time_is_up() -> None:
     assert len(times["A"].wall) == 3  # rounds of 4 s, begun at 0, 4 and 8 s
 
 
+def test_a_turn_settles_before_it_counts_and_shares_its_time_among_its_calls() -> None:
+    shop = Workshop()
+    calls = {"A": shop.work("A", 2.0, 3.0), "B": shop.work("B", 1.0, 1.0)}
+
+    times = harness.interleave(
+        calls, seconds=0.0, least=2, warmup=0, settle=1, calls=3, clocks=shop.clocks
+    )
+
+    assert shop.order == "AAAABBBB" * 2
+    assert times["A"] == harness.Times(cpu=[2.0] * 2, wall=[3.0] * 2)
+
+
 def test_spread_is_median_and_outer_tenths() -> None:
     values = [float(value) for value in range(11)]  # 0 to 10: percentiles fall on values
 
