@@ -70,7 +70,8 @@ def _trace(model: ImageClassifier, spec: InputSpec) -> ModelProto:
                 verbose=False,
             )
         except torch.onnx.OnnxExporterError as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
+            reason = error.__cause__ or error
+            lines = str(reason).strip().splitlines() or [type(reason).__name__]
             raise ExportError(
                 f"torch cannot export this architecture to ONNX: {lines[0]}; "
                 "choose another [model] architecture"
@@ -83,15 +84,14 @@ def _trace(model: ImageClassifier, spec: InputSpec) -> ModelProto:
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
     """torch's exporter prints and warns about its own progress; ours has a progress bar."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         try:
             yield
         finally:
-            logger.setLevel(level)
+            logging.disable(disabled)
 
 
 def _pool_globally(model: ModelProto) -> None:

@@ -73,7 +73,12 @@ def test_features_are_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     pixels, _, _ = tiny_task(8)
     calls = []
     real = features_module.compute_features
-    monkeypatch.setattr(features_module, "compute_features", lambda *a: calls.append(1) or real(*a))
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(1)
+        return real(*arguments)
+
+    monkeypatch.setattr(features_module, "compute_features", counted)
 
     def load(images: str = "a") -> np.ndarray:
         return cached_features(model, pixels, images, tmp_path, CPU)

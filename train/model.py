@@ -66,7 +66,8 @@ def build_model(settings: ModelSettings, spec: InputSpec, classes: int) -> Image
         _load_embedded(backbone, settings.architecture)
     elif settings.weights not in ("pretrained", "random"):
         _load_file(backbone, Path(settings.weights), settings.architecture)
-    width: Any = backbone.num_features
+    # Some networks (MobileNetV3) widen their features once more before the classifier.
+    width: Any = getattr(backbone, "head_hidden_size", None) or backbone.num_features
     model = ImageClassifier(backbone, int(width), classes, spec)
     return model.eval()
 
