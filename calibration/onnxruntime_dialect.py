@@ -6,6 +6,8 @@ other dialect is for). The form that onnxruntime's CPU kernels like, found by me
 - uint8 activations, int8 weights per output channel, int32 bias in the accumulator's unit.
 - The image byte *is* the first quantized value (scale ``1/std``, zero point ``mean``), so Cast,
   Mul and Add vanish and no Quantize node comes before the first convolution.
+- A gray image is folded into four channels where the first convolution allows it
+  (`calibration.space_to_depth`), because the kernels want channels in fours.
 - A Relu, or a Clip that begins at 0, vanishes too: with zero point 0 saturation does its work.
 - Both sides of every quantized operator are quantized, because that is what is fused. Operators
   that onnxruntime has no 8-bit kernel for read the dequantized tensor and compute in float.
@@ -41,6 +43,7 @@ from calibration.quantize import (
     room_for_bias,
     weight_scales,
 )
+from calibration.space_to_depth import find_fold
 from calibration.table import Table
 
 _FOLLOWERS = RANGE_PRESERVING_OPS | ARITHMETIC_OPS
@@ -211,12 +214,16 @@ class _Emitter:
         self.scales: dict[str, Scale] = {}
         self.quantized: dict[str, str] = {}
         self.dequantized: dict[str, str] = {}
+        self.fold = find_fold(graph, frozenset(plan.convs))
         self._image()
 
     def _image(self) -> None:
         first = self.graph.preprocessing()
-        planes = self.writer.name(f"{first.image}_planes")
-        self.writer.node("Transpose", [first.image], planes, perm=[0, 3, 1, 2])
+        if self.fold is not None:
+            planes = self.fold.write_planes(self.writer, first.image)
+        else:
+            planes = self.writer.name(f"{first.image}_planes")
+            self.writer.node("Transpose", [first.image], planes, perm=[0, 3, 1, 2])
         self._set(first.output, planes, Scale(np.float32(first.scale), np.uint8(first.mean)))
 
     def _set(self, tensor: str, quantized: str, scale: Scale) -> None:
@@ -232,6 +239,8 @@ class _Emitter:
         outputs = [plan.absorbed.get(tensor, tensor) for tensor in node.output]
         if node.name in plan.convs:
             inputs[1:] = self._weights(plan.convs[node.name], list(node.input))
+            if self.fold is not None and node.name == self.fold.conv:
+                node = self.fold.node(node)
         elif node.op_type in LINEAR_OPS and node.input[0] in self.quantized:
             inputs[0] = self._protected(node)
         if node.name in plan.followers and node.op_type == "ReduceMean":
@@ -289,7 +298,9 @@ class _Emitter:
         if bias is not None:
             scales = room_for_bias(scales, bias, input_scale)
         weight = quantize_weight(conv.weight, scales)
-        yield self.writer.constant_dequantize(names[1], weight, scales)
+        fold = self.fold if self.fold is not None and self.fold.conv == conv.name else None
+        written = weight if fold is None else fold.weight(weight)
+        yield self.writer.constant_dequantize(names[1], written, scales)
         if self.correct_bias:
             means = self.table.channel_means(conv.input)
             bias = corrected_bias(conv, weight, scales, means)

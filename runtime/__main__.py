@@ -235,7 +235,7 @@ def _benchmark(options: argparse.Namespace) -> int:
         OnnxRuntimeEngine(bundle.model(form), form=form, threads=options.threads) for form in forms
     ]
     print(f"fieldfit: timing {', '.join(forms)} for {options.seconds:g} s", file=sys.stderr)
-    timings = interleave(engines, images, seconds=options.seconds, most_rounds=1_000_000)
+    timings = interleave(engines, images, seconds=options.seconds)
     if options.json:
         print(json.dumps([timing._asdict() for timing in timings]))
         return 0

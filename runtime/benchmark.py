@@ -1,6 +1,6 @@
-"""Honest latency on this machine: warm-up, interleaved runs, percentiles, ratios.
+"""Honest latency on this machine: settled turns, interleaved, percentiles, ratios.
 
-Shared machines drift, so engines are timed in turn (A B A B ...) and compared pair by pair; a
+Shared machines drift, so engines take turns (A B A B ...) and are compared round by round; a
 single absolute time is never the claim.
 """
 
@@ -33,27 +33,29 @@ def interleave(
     images: npt.NDArray[np.uint8],
     *,
     seconds: float = 3.0,
-    warmup: int = 3,
-    most_rounds: int = 1000,
+    calls: int = 6,
+    settle: int = 2,
+    least_rounds: int = 3,
 ) -> list[Timing]:
-    """Time ``engines`` in turn on ``images`` uint8 ``[N, H, W, C]``, about ``seconds`` in all.
+    """Time ``engines`` in turns on ``images`` uint8 ``[N, H, W, C]``, about ``seconds`` in all.
 
-    Speeds are relative to the first engine. At least three rounds are run.
+    A turn is ``settle`` calls that are not counted and ``calls`` that are: a device runs one model
+    again and again, and right after another model the caches are still the other's. Speeds are
+    relative to the first engine, round by round.
     """
-    for engine in engines:
-        for _ in range(warmup):
-            engine.infer(images)
     wall: list[list[float]] = [[] for _ in engines]
     cpu: list[list[float]] = [[] for _ in engines]
     end = time.perf_counter() + seconds
-    for round_ in range(most_rounds):
-        if round_ >= 3 and time.perf_counter() >= end:
-            break
+    while len(cpu[0]) < least_rounds or time.perf_counter() < end:
         for index, engine in enumerate(engines):
-            cpu_start, start = time.process_time(), time.perf_counter()
-            engine.infer(images)
-            wall[index].append(time.perf_counter() - start)
-            cpu[index].append(time.process_time() - cpu_start)
+            for _ in range(settle):
+                engine.infer(images)
+            cpu_start = time.process_time()
+            for _ in range(calls):
+                start = time.perf_counter()
+                engine.infer(images)
+                wall[index].append(time.perf_counter() - start)
+            cpu[index].append((time.process_time() - cpu_start) / calls)
     first = np.array(cpu[0])
     return [
         Timing(
