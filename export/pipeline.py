@@ -9,7 +9,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -33,7 +33,7 @@ from runtime import atomic
 from runtime.benchmark import interleave
 from runtime.dataset import Dataset, Example, read_dataset
 from runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
-from runtime.errors import DataError
+from runtime.errors import DataError, EngineError, ExportError
 from runtime.manifest import Artifact, Quality
 from runtime.recipe import Recipe
 from runtime.version import __version__
@@ -126,6 +126,7 @@ class _Job:
         )
         self.model.to("cpu")
         self.reference = measure(self.logits, self.logits, self.labels, seed=recipe.seed)
+        self.table: Table | None = None
         self.files: dict[str, bytes] = {}
         self.reports: list[FormReport] = []
 
@@ -134,14 +135,8 @@ class _Job:
         with console.console.status("exporting to ONNX"):
             graph = to_onnx(self.model, self.facts)
         parity = self._fp32(graph)
-        table = self._calibrate(graph)
-        builders: dict[str, Callable[[], FormReport]] = {
-            "fp16": lambda: self._fp16(graph),
-            "int8": lambda: self._int8("int8", graph, table),
-            "int8-cpu": lambda: self._int8("int8-cpu", graph, table),
-        }
         for form in recipe.export.forms:
-            self.reports.append(builders[form]())
+            self.reports.append(self._make(form, graph))
         self._time_forms()
         release = Release(
             name=recipe.name,
@@ -185,10 +180,19 @@ class _Job:
         )
         return parity
 
-    def _calibrate(self, graph: onnx.ModelProto) -> Table | None:
+    def _make(self, form: str, graph: onnx.ModelProto) -> FormReport:
+        """One form and its verdict. What cannot be made is refused, and the others go on."""
+        try:
+            return self._fp16(graph) if form == "fp16" else self._int8(form, graph)
+        except (ExportError, EngineError) as error:
+            console.say(f"{form}: refused: {error}")
+            return FormReport(form=form, released=False, reason=str(error), bytes=0, attempts=())
+
+    def _calibrate(self, graph: onnx.ModelProto) -> Table:
+        """The table that both INT8 forms are written from, measured at the first of them."""
+        if self.table is not None:
+            return self.table
         recipe = self.recipe
-        if not {"int8", "int8-cpu"} & set(recipe.export.forms):
-            return None
         candidates = self.dataset.select(self.dataset.field, "train")
         folder = recipe.build / "calibration"
         atomic.write_bytes(folder / "fp32.onnx", self.files["fp32.onnx"])
@@ -207,6 +211,7 @@ class _Job:
             f"calibration: {done.table.images} of {len(candidates)} {self.dataset.field} training "
             f"images; {'table used again' if done.reused else 'table measured'}: {done.reason}"
         )
+        self.table = done.table
         return done.table
 
     def _features(self, examples: Sequence[Example]) -> npt.NDArray[np.float32]:
@@ -228,20 +233,22 @@ class _Job:
         convolutions = [node.name for node in graph.graph.node if node.op_type == "Conv"]
         return self._judge("fp16", model, convolutions, ())
 
-    def _int8(self, form: str, graph: onnx.ModelProto, table: Table | None) -> FormReport:
+    def _int8(self, form: str, graph: onnx.ModelProto) -> FormReport:
         """Climb: everything in INT8 first, then the convolution that sees the image left float."""
-        assert table is not None
+        table = self._calibrate(graph)
         dialect = tensorrt_dialect if form == "int8" else onnxruntime_dialect
         attempts: list[Attempt] = []
-        report: FormReport | None = None
         stem = stem_of(graph)
         for kept_float in ((), (stem,)) if stem else ((),):
-            emitted: Emitted = dialect.emit(graph, table, float_nodes=kept_float)
+            emitted = dialect.emit(graph, table, float_nodes=kept_float)
+            if not emitted.quantized:
+                raise ExportError(
+                    "no convolution is left to quantize; transformers gain from fp16, not from INT8"
+                )
             report = self._judge(form, emitted.model, emitted.quantized, kept_float, emitted)
             attempts += report.attempts
             if report.released:
                 break
-        assert report is not None
         return msgspec.structs.replace(report, attempts=tuple(attempts))
 
     def _judge(

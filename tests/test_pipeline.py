@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 import torch
 
-from calibration import count_kernels, read_table
+from calibration import Emitted, count_kernels, read_table, tensorrt_dialect
 from export.__main__ import main as export
 from export.onnx_graph import to_onnx
 from export.parity import BATCH_SIZES, check_checkpoint
@@ -191,6 +191,51 @@ def test_nothing_is_released_if_the_graph_is_not_the_checkpoint(
     error = capsys.readouterr().err
     assert "the fp32 ONNX graph is not the checkpoint" in error
     assert sorted(p.name for p in (tmp_path / "build/smoke").iterdir()) == ["train"]
+
+
+def test_a_form_that_cannot_be_made_is_refused_and_the_others_go_on(
+    smoke: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from export import pipeline
+
+    shutil.copytree(smoke / "build/smoke/train", tmp_path / "build/smoke/train")
+    monkeypatch.chdir(tmp_path)
+
+    def broken(*_: object) -> onnx.ModelProto:
+        raise ExportError("no such kernel")
+
+    def float_only(graph: onnx.ModelProto, *_: object, **__: object) -> Emitted:
+        return Emitted(graph, (), {})
+
+    monkeypatch.setattr(pipeline, "to_float16", broken)
+    monkeypatch.setattr(tensorrt_dialect, "emit", float_only)
+    assert export([str(SMOKE)]) == 0
+    error = capsys.readouterr().err
+    assert "fp16 is not in the bundle: no such kernel" in error
+    assert "int8 is not in the bundle: no convolution is left to quantize" in error
+    manifest = Bundle.open(tmp_path / "build/smoke/bundle").manifest
+    assert [artifact.form for artifact in manifest.artifacts] == ["fp32", "int8-cpu"]
+
+
+def test_a_form_over_budget_is_refused_after_every_rung(
+    smoke: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(smoke / "build/smoke/train", tmp_path / "build/smoke/train")
+    monkeypatch.chdir(tmp_path)
+    strict = tmp_path / "strict.toml"
+    text = SMOKE.read_text().replace("min_sqnr_db = 8.0", "min_sqnr_db = 60.0")
+    strict.write_text(text.replace("[export]", '[export]\nforms = ["int8-cpu"]'))
+    assert export([str(strict)]) == 0
+    release = msgspec.json.decode(
+        (tmp_path / "build/smoke/release.json").read_bytes(), type=Release
+    )
+    report = release.forms[-1]
+    assert not report.released
+    assert "< 60 dB" in report.reason
+    assert [len(attempt.kept_float) for attempt in report.attempts] == [0, 1]
+    bundle = Bundle.open(tmp_path / "build/smoke/bundle")
+    assert [artifact.form for artifact in bundle.manifest.artifacts] == ["fp32"]
+    assert not (tmp_path / "build/smoke/bundle/int8-cpu.onnx").exists()
 
 
 def test_parity_is_judged_by_signal_to_noise() -> None:
