@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -270,3 +271,36 @@ def test_the_gate_refuses_with_the_number_that_broke_the_budget(
     verdict = judge(msgspec.structs.replace(QUALITY, **changes), QUALITY, GateSettings())
     assert reason in verdict.reason
     assert verdict.passed == (reason in ("within budget", "no labels to judge accuracy by"))
+
+
+def test_own_folders_and_an_unlabelled_field(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    pictures: Callable[..., Path],
+) -> None:
+    """A colour model on folders, a target without one label: judged by agreement and SQNR only."""
+    monkeypatch.chdir(tmp_path)
+    pictures(tmp_path / "clean", {"fine": 30, "coarse": 30})
+    field = pictures(tmp_path / "field", {"x": 25, "y": 25}, first=500)
+    names = sorted(path.relative_to(tmp_path) for path in field.rglob("*.png"))
+    lines = "".join(f"{name},,burst-{index // 4}\n" for index, name in enumerate(names))
+    (tmp_path / "field.csv").write_text("path,label,group\n" + lines)
+    (tmp_path / "own.toml").write_text(
+        'name = "own"\n[data]\nsource = "clean"\ntarget = "field.csv"\n'
+        "[input]\nsize = [32, 32]\n[train]\nstrategy = 'feature-extraction'\n"
+        "[calibration]\nimages = 16\n[gate]\nmin_agreement = 0.7\nmin_sqnr_db = 3.0\n"
+    )
+    assert train([str(tmp_path / "own.toml")]) == 0
+    training = json.loads((tmp_path / "build/own/train/training.json").read_text())
+    assert training["decided_on"] == "source validation", "a field without labels cannot decide"
+    assert export([str(tmp_path / "own.toml")]) == 0
+    release = msgspec.json.decode((tmp_path / "build/own/release.json").read_bytes(), type=Release)
+    assert release.reference.accuracy is None
+    assert release.reference.labelled == 0
+    assert release.forms[0].released
+    dataset = read_dataset(tmp_path / "build/own/train/images.json")
+    splits: dict[str | None, set[str]] = {}
+    for example in dataset.examples:
+        if example.group:
+            splits.setdefault(example.group, set()).add(example.split)
+    assert all(len(found) == 1 for found in splits.values()), "a group straddles splits"
