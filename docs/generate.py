@@ -18,7 +18,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import msgspec
 
 from export import table
-from export.pipeline import Release
+from export.release import Release
 from runtime import preprocess, recipe
 from runtime.recipe import Recipe
 

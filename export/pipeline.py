@@ -22,19 +22,20 @@ import torch
 from calibration import calibrate, check_kernels, onnxruntime_dialect, tensorrt_dialect
 from calibration.quantize import Emitted
 from calibration.table import Table
-from export.engines import EngineProof, prove_engine
+from export.engines import prove_engine
 from export.float16 import overflows, to_float16
 from export.gate import judge
 from export.golden import choose_golden
 from export.onnx_graph import stem_of, to_onnx
 from export.parity import check_batches, check_checkpoint, measure, run
+from export.release import Attempt, FormReport, Release
 from export.write_bundle import GOLDEN, encode_golden, make_manifest, write_bundle
 from runtime import atomic
 from runtime.benchmark import interleave
 from runtime.dataset import Dataset, Example, read_dataset
 from runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
 from runtime.errors import DataError, EngineError, ExportError
-from runtime.manifest import Artifact, Quality
+from runtime.manifest import Artifact
 from runtime.recipe import Recipe
 from runtime.version import __version__
 from train import console
@@ -46,53 +47,6 @@ from train.pixels import load_pixels
 
 SAMPLES = 6
 """Held-out images copied to ``samples/`` for `make run`."""
-
-
-class Attempt(msgspec.Struct, frozen=True, kw_only=True):
-    """One rung of a form's precision ladder."""
-
-    form: str
-    kept_float: tuple[str, ...]
-    """Convolutions that were left float on purpose."""
-    quality: Quality
-    passed: bool
-    reason: str
-
-
-class FormReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of one form; the last attempt is the one that was released, if any was."""
-
-    form: str
-    released: bool
-    reason: str
-    bytes: int
-    attempts: tuple[Attempt, ...]
-    engine: EngineProof | None = None
-    kernels: dict[str, int] = {}
-    """Operators that onnxruntime runs after its own optimisation (int8-cpu)."""
-    relative_speed: float | None = None
-    """Against fp32 on onnxruntime CPU, one thread, batch 1, interleaved CPU time."""
-
-
-class Release(msgspec.Struct, frozen=True, kw_only=True):
-    """``release.json``: how the bundle came to be."""
-
-    name: str
-    version: str
-    field: str
-    """The domain that artifacts were judged on: its test images."""
-    reference: Quality
-    """The torch checkpoint itself on the same images."""
-    parity_db: float
-    forms: tuple[FormReport, ...]
-    checkpoint_sha256: str
-    recipe_sha256: str
-    dataset_sha256: str
-    seed: int
-    seconds: float
-    machine: str
-    versions: dict[str, str]
-    git: str | None
 
 
 def export(recipe: Recipe) -> Release:

@@ -1,6 +1,6 @@
 """The table at the end of an export: what each form costs and gains, and the verdict."""
 
-from export.pipeline import FormReport, Release
+from export.release import FormReport, Release
 from runtime.manifest import Quality
 from train import console
 

@@ -17,7 +17,7 @@ from calibration import Emitted, count_kernels, read_table, tensorrt_dialect
 from export.__main__ import main as export
 from export.onnx_graph import to_onnx
 from export.parity import BATCH_SIZES, check_checkpoint
-from export.pipeline import Release
+from export.release import Release
 from runtime.bundle import Bundle
 from runtime.dataset import read_dataset
 from runtime.errors import ExportError
@@ -26,7 +26,7 @@ from runtime.preprocess import preprocess_batch
 from runtime.recipe import GateSettings
 from train.__main__ import main as train
 from train.checkpoint import read_checkpoint
-from train.pipeline import Training
+from train.record import Training
 
 SMOKE = Path(__file__).resolve().parent.parent / "train" / "recipes" / "smoke.toml"
 
@@ -58,7 +58,7 @@ def test_training_leaves_its_record_checkpoint_and_log(build: Path) -> None:
         assert set(rung.scores) == {
             "source-validation", "source-test", "target-validation", "target-test",
         }  # fmt: skip
-    assert list((build / "train/tensorboard").glob("events.out.tfevents.*"))
+    assert list((build / "train/tensorboard").rglob("events.out.tfevents.*"))
     assert not (build / "train/resume.safetensors").exists(), "the state of a finished run goes"
     _, facts = read_checkpoint(build / "train/checkpoint.safetensors")
     assert facts.classes == ("defective", "functional")

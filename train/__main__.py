@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from runtime.command import run_command
 
 if TYPE_CHECKING:
-    from train.pipeline import Training
+    from train.record import Training
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -25,51 +25,18 @@ from train.checkpoint import CheckpointFacts, write_checkpoint
 from train.data import prepare
 from train.device import Device, choose_device
 from train.domains import Track
-from train.evaluate import Scores, score
+from train.evaluate import score
 from train.features import cached_features, predict
-from train.finetune import Epoch, Watcher, fine_tune
+from train.finetune import Epoch, fine_tune
 from train.head import fit_head, log_loss
 from train.model import ImageClassifier, build_model
 from train.pixels import load_pixels
+from train.record import Rung, Training, finished, training_key, why_dropped, why_kept
+from train.watch import Watched
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 CACHE = Path("build") / "cache"
-
-
-class Rung(msgspec.Struct, frozen=True, kw_only=True):
-    """One strategy that was tried, what it scored and what became of it."""
-
-    name: str
-    scores: dict[str, Scores]
-    """By ``DOMAIN-SPLIT``; validation decides, test is for the record."""
-    value: float
-    """The recipe's metric on the images that decide."""
-    seconds: float
-    l2: float | None = None
-    history: tuple[Epoch, ...] = ()
-    kept: bool = False
-    reason: str = ""
-
-
-class Training(msgspec.Struct, frozen=True, kw_only=True):
-    """``training.json``: everything that led to the checkpoint."""
-
-    name: str
-    key: str
-    """Digest of what the result depends on; the same key means nothing needs to be done."""
-    rungs: tuple[Rung, ...]
-    rung: str
-    reason: str
-    decided_on: str
-    temperature: float
-    checkpoint_sha256: str
-    recipe_sha256: str
-    dataset_sha256: str
-    images: dict[str, int]
-    device: str
-    seconds: float
-    versions: dict[str, str]
 
 
 def train(recipe: Recipe) -> tuple[Training, bool]:
@@ -83,14 +50,14 @@ def train(recipe: Recipe) -> tuple[Training, bool]:
     dataset = prepare(recipe, cache=CACHE, track=_track("reading images"))
     write_dataset(folder / "images.json", dataset)
     _describe(dataset)
-    key = _key(recipe, dataset)
-    if (done := _finished(folder, key)) is not None:
+    key = training_key(recipe, dataset)
+    if (done := finished(folder, key)) is not None:
         return done, False
     job = _Job(recipe, dataset, choose_device(), folder, key)
     rungs = job.climb()
     best = max(range(len(rungs)), key=lambda index: (rungs[index][0].value, -index))
     chosen, model = rungs[best]
-    reason = _reason(chosen, [rung for rung, _ in rungs], recipe.train.metric, job.decided_on)
+    reason = why_kept(chosen, [rung for rung, _ in rungs], recipe.train.metric, job.decided_on)
     temperature = job.temperature(model)
     facts = CheckpointFacts(
         name=recipe.name,
@@ -110,7 +77,7 @@ def train(recipe: Recipe) -> tuple[Training, bool]:
             msgspec.structs.replace(
                 rung,
                 kept=rung is chosen,
-                reason=reason if rung is chosen else _rejected(rung, chosen, recipe.train.metric),
+                reason=reason if rung is chosen else why_dropped(rung, chosen, recipe.train.metric),
             )
             for rung, _ in rungs
         ),
@@ -266,7 +233,9 @@ class _Job:
             logits = predict(model, self.pixels[self.deciding], self.device)
             return score(logits, self.labels[self.deciding]).metric(settings.metric)
 
-        with _Watched("fine-tuning", settings.metric, self.folder / "tensorboard") as watch:
+        with Watched(
+            "fine-tuning", settings.metric, self.folder / "tensorboard" / self.key[:8]
+        ) as watch:
             history = fine_tune(
                 tuned, self.pixels[rows], self.labels[rows], self._weights(rows),
                 settings=settings, seed=self.recipe.seed, key=self.key,
@@ -310,81 +279,8 @@ class _Job:
         return rung
 
 
-class _Watched:
-    """Progress bar and TensorBoard log of a fine-tuning run."""
-
-    def __init__(self, label: str, metric: str, log: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.label, self.metric = label, metric
-        self.writer = SummaryWriter(str(log))
-        self.bar = console.progress()
-        self.task: int | None = None
-        self.note = ""
-
-    def __enter__(self) -> Watcher:
-        self.bar.start()
-        return Watcher(self._step, self._epoch, self._resumed)
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.stop()
-        self.writer.close()
-
-    def _resumed(self, step: int, steps: int) -> None:
-        console.say(f"going on from step {step} of {steps}")
-
-    def _step(self, step: int, steps: int, loss: float, rate: float) -> None:
-        if self.task is None:
-            self.task = self.bar.add_task(self.label, total=steps, note="")
-        self.bar.update(
-            self.task,  # type: ignore[arg-type]
-            completed=step,
-            note=f"loss {loss:.3f}{self.note}",
-        )
-        self.writer.add_scalar("loss", loss, step)
-        self.writer.add_scalar("learning rate", rate, step)
-
-    def _epoch(self, epoch: Epoch) -> None:
-        self.note = f"  {self.metric} {epoch.score:.3f}"
-        self.writer.add_scalar(self.metric, epoch.score, epoch.epoch)
-        console.say(f"epoch {epoch.epoch}: loss {epoch.loss:.4f}, {self.metric} {epoch.score:.4f}")
-
-
 def _track(label: str) -> Track:
     return lambda items: console.track(items, label)
-
-
-def _key(recipe: Recipe, dataset: Dataset) -> str:
-    parts = (recipe.seed, recipe.input, recipe.model, recipe.train, dataset.field, __version__)
-    return hashlib.sha256(msgspec.json.encode([parts, dataset.sha256])).hexdigest()
-
-
-def _finished(folder: Path, key: str) -> Training | None:
-    """The record of a finished run with the same key whose checkpoint is still whole."""
-    try:
-        training = msgspec.json.decode((folder / "training.json").read_bytes(), type=Training)
-        checkpoint = (folder / "checkpoint.safetensors").read_bytes()
-    except (OSError, msgspec.DecodeError):
-        return None
-    whole = hashlib.sha256(checkpoint).hexdigest() == training.checkpoint_sha256
-    return training if whole and training.key == key else None
-
-
-def _reason(chosen: Rung, rungs: Sequence[Rung], metric: str, decided_on: str) -> str:
-    others = [rung for rung in rungs if rung is not chosen]
-    if not others:
-        return "the only rung"
-    best = max(others, key=lambda rung: rung.value)
-    return (
-        f"{metric} {chosen.value:.4f} on {decided_on} images, "
-        f"the next best ({best.name}) {best.value:.4f}"
-    )
-
-
-def _rejected(rung: Rung, chosen: Rung, metric: str) -> str:
-    if rung.value == chosen.value:
-        return f"no better than {chosen.name}, which is simpler"
-    return f"{metric} {chosen.value - rung.value:.4f} below {chosen.name}"
 
 
 def _counts(dataset: Dataset) -> dict[str, int]:
