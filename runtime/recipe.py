@@ -77,14 +77,14 @@ class TrainSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     """Most passes of L-BFGS over the cached features."""
     head_l2: tuple[Annotated[float, msgspec.Meta(ge=0)], ...] = (1e-4, 1e-3, 1e-2)
     """Strengths of the L2 penalty to try; validation picks one."""
-    epochs: Count = 4
+    epochs: Count = 6
     """Fine-tuning passes over the training images."""
     batch: Annotated[int, msgspec.Meta(ge=2, le=4096)] = 32
     """Images of one optimizer step."""
-    learning_rate: Rate = 4e-4
+    learning_rate: Rate = 2e-4
     """Peak rate of the backbone, after warm-up, before cosine decay."""
-    head_learning_rate: Rate = 4e-4
-    """Peak rate of the head."""
+    head_learning_rate: Rate = 5e-5
+    """Peak rate of the head: lower, since it starts from its optimum."""
     weight_decay: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1e-4
     """Of AdamW."""
     warmup: Budget = 0.1
