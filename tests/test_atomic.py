@@ -1,5 +1,6 @@
 """Whole or not at all: after an exception, a full disk and a killed process."""
 
+import contextlib
 import os
 import resource
 import signal
@@ -80,34 +81,44 @@ def test_a_failing_last_rename_brings_the_old_folder_back(
     assert listing(tmp_path) == ["bundle"]
 
 
-@pytest.fixture
-def small_disk() -> Iterator[int]:
-    """Files may not grow beyond this many bytes; the write that would answers EFBIG."""
+SMALL = 4096
+
+
+@contextlib.contextmanager
+def small_disk() -> Iterator[None]:
+    """Files may not grow beyond SMALL bytes; the write that would answers EFBIG.
+
+    Only around the write: pytest's own log may be a file that is longer already.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL, hard))
     try:
-        yield 4096
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_full_disk_leaves_the_old_file(tmp_path: Path, small_disk: int) -> None:
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     file.write_bytes(b"old")
-    with pytest.raises(OSError, match="File too large"):
-        atomic.write_bytes(file, bytes(small_disk + 1))
+    with pytest.raises(OSError, match="File too large"), small_disk():
+        atomic.write_bytes(file, bytes(SMALL + 1))
     assert file.read_bytes() == b"old"
     assert listing(tmp_path) == ["a.json"]
 
 
-def test_a_full_disk_leaves_the_old_folder(tmp_path: Path, small_disk: int) -> None:
+def test_a_full_disk_leaves_the_old_folder(tmp_path: Path) -> None:
     folder = tmp_path / "bundle"
     folder.mkdir()
     (folder / "a").write_bytes(b"old")
-    with pytest.raises(OSError, match="too large"), atomic.replacing_folder(folder) as temporary:
-        (temporary / "a").write_bytes(bytes(small_disk + 1))
+    with (
+        pytest.raises(OSError, match="too large"),
+        small_disk(),
+        atomic.replacing_folder(folder) as temporary,
+    ):
+        (temporary / "a").write_bytes(bytes(SMALL + 1))
     assert (folder / "a").read_bytes() == b"old"
     assert listing(tmp_path) == ["bundle"]
 
