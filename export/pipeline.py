@@ -40,10 +40,11 @@ from runtime.recipe import Recipe
 from runtime.version import __version__
 from train import console
 from train.checkpoint import CheckpointFacts, read_checkpoint
-from train.device import choose_device
+from train.device import reference_device
 from train.features import predict
 from train.pipeline import CACHE
 from train.pixels import load_pixels
+from train.record import finished, training_key
 
 SAMPLES = 6
 """Held-out images copied to ``samples/`` for `make run`."""
@@ -67,18 +68,16 @@ class _Job:
         self.dataset = read_dataset(recipe.build / "train" / "images.json")
         self.path = recipe.build / "train" / "checkpoint.safetensors"
         self.model, self.facts = read_checkpoint(self.path)
-        _check_same_recipe(recipe, self.facts)
+        _check_trained(recipe, self.dataset, self.facts)
         self.held_out = self.dataset.select(self.dataset.field, "test")
         if len(self.held_out) < 2:
             raise DataError("the field's test split has fewer than 2 images to judge by")
         self.labels = np.array([self.dataset.label_index(e) for e in self.held_out], dtype=np.int64)
         self.images = load_pixels(self.held_out, recipe.input, CACHE)
-        device = choose_device()
-        self.model.to(device.torch)
+        device = reference_device("the reference")
         self.logits = predict(
             self.model, self.images, device, lambda i, n: console.track(i, "checkpoint", n)
         )
-        self.model.to("cpu")
         self.reference = measure(self.logits, self.logits, self.labels, seed=recipe.seed)
         self.table: Table | None = None
         self.files: dict[str, bytes] = {}
@@ -311,13 +310,19 @@ class _Job:
         _write_samples(recipe.build / "samples", self.dataset, self.held_out)
 
 
-def _check_same_recipe(recipe: Recipe, facts: CheckpointFacts) -> None:
-    """The checkpoint must be of this input and model, or the bundle would lie about both."""
+def _check_trained(recipe: Recipe, dataset: Dataset, facts: CheckpointFacts) -> None:
+    """The checkpoint must be what this recipe trains on these images, or figures would lie.
+
+    Above all the splits: held-out images of another split may have been trained on.
+    """
+    again = "run `make train` (python -m train RECIPE) again"
     for table in ("input", "model"):
         if getattr(recipe, table) != getattr(facts, table):
-            raise DataError(
-                f"the checkpoint was trained with another [{table}]; run `make train` again"
-            )
+            raise DataError(f"the checkpoint was trained with another [{table}]; {again}")
+    if facts.dataset_sha256 != dataset.sha256:
+        raise DataError(f"the images, labels or splits changed since training; {again}")
+    if finished(recipe.build / "train", training_key(recipe, dataset)) is None:
+        raise DataError(f"seed, [train] or fieldfit changed since training; {again}")
 
 
 def _write_samples(folder: Path, dataset: Dataset, held_out: Sequence[Example]) -> None:

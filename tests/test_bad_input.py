@@ -183,6 +183,13 @@ def test_export_before_training_or_with_another_recipe(
     other = here / "other.toml"
     other.write_text(SMOKE.read_text().replace("[64, 64]", "[96, 96]"))
     assert "trained with another [input]" in fails(export, other, capsys)
+    other.write_text(SMOKE.read_text().replace("epochs = 1", "epochs = 2"))
+    assert "seed, [train] or fieldfit changed since training" in fails(export, other, capsys)
+    images = here / "build/smoke/train/images.json"
+    listed = images.read_text()
+    images.write_text(listed.replace('"split": "test"', '"split": "train"', 1))
+    assert "splits changed since training" in fails(export, SMOKE, capsys)
+    images.write_text(listed)
     checkpoint = here / "build/smoke/train/checkpoint.safetensors"
     checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
     assert "damaged" in fails(export, SMOKE, capsys)

@@ -125,7 +125,7 @@ def tune(folder: Path, watched: Watched, key: str = "k", **changes: Any) -> Imag
     settings = TrainSettings(**{"epochs": 2, "batch": 6, "freeze": FREEZE, **changes})
     model = build_model(ModelSettings(), SPEC, 2)
     fine_tune(
-        model, pixels, labels, weights, settings=settings, seed=3, key=key,
+        model, pixels, np.arange(len(labels)), labels, weights, settings=settings, seed=3, key=key,
         state_path=folder / "resume.safetensors", device=CPU,
         validate=lambda model: float(model.head.weight.detach().abs().sum()),
         watch=watched.watcher(),

@@ -37,5 +37,14 @@ def choose_device() -> Device:
         precision = torch.bfloat16 if major >= 8 else torch.float16
         word = str(precision).removeprefix("torch.")
         return Device("cuda", precision, f"{name} (compute capability {major}.{minor}), {word}")
+    return reference_device("no CUDA GPU")
+
+
+def reference_device(reason: str) -> Device:
+    """The CPU in float32: what a checkpoint's answers are defined by, the same everywhere.
+
+    A GPU's mixed precision, and TensorFloat-32 without it, differ by more than export's parity
+    check allows between a checkpoint and its graph.
+    """
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    return Device("cpu", torch.float32, f"CPU, {torch.get_num_threads()} threads (no CUDA GPU)")
+    return Device("cpu", torch.float32, f"CPU, {torch.get_num_threads()} threads ({reason})")

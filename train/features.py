@@ -53,7 +53,10 @@ def cached_features(
 def compute_features(
     model: ImageClassifier, pixels: UInt8, device: Device, track: Track | None = None
 ) -> Float32:
-    """Features ``[N, D]`` of ``pixels`` by running the backbone in eval mode."""
+    """Features ``[N, D]`` of ``pixels`` by running the backbone in eval mode.
+
+    Like ``predict``, it moves the model to the device and leaves it there.
+    """
     return np.concatenate([f for _, f in _forward(model, pixels, device, track)])
 
 
@@ -67,7 +70,7 @@ def predict(
 def _forward(
     model: ImageClassifier, pixels: UInt8, device: Device, track: Track | None
 ) -> Iterator[tuple[Float32, Float32]]:
-    model.eval()
+    model.to(device.torch).eval()
     starts: Iterable[int] = range(0, len(pixels), BATCH)
     if track is not None:
         starts = track(starts, len(range(0, len(pixels), BATCH)))

@@ -78,6 +78,7 @@ class Watcher(NamedTuple):
 def fine_tune(
     model: ImageClassifier,
     pixels: UInt8,
+    rows: Ints,
     labels: Ints,
     weights: npt.NDArray[np.float32],
     *,
@@ -91,7 +92,8 @@ def fine_tune(
 ) -> list[Epoch]:
     """Train ``model`` in place and leave it at its best epoch; returns the history.
 
-    ``pixels`` uint8 ``[N, H, W, C]``, ``labels [N]``, sample ``weights [N]`` with mean 1.
+    ``pixels`` uint8 ``[M, H, W, C]`` may be larger than memory: it is read batch by batch.
+    ``rows [N]`` are those to train on, with their ``labels [N]`` and ``weights [N]`` of mean 1.
     ``validate`` scores the model, higher is better. ``state_path`` holds the resumable state; it
     is used only if ``key`` is the same, and removed by the caller when its result is safe.
 
@@ -113,13 +115,10 @@ def fine_tune(
     with _interruptible() as interrupted:
         while state.step < steps:
             epoch, index = divmod(state.step, steps_per_epoch)
-            rows = np.sort(
-                _order(len(labels), seed, epoch)[
-                    index * settings.batch : (index + 1) * settings.batch
-                ]
-            )
+            order = _order(len(labels), seed, epoch)
+            batch = np.sort(order[index * settings.batch : (index + 1) * settings.batch])
             rate = _rate(state.step, steps, settings.warmup)
-            images = to_device(pixels[rows], device)
+            images = to_device(pixels[rows[batch]], device)
             loss = _step(
                 model,
                 optimizer,
@@ -128,8 +127,8 @@ def fine_tune(
                 rate,
                 device,
                 _augment(images, settings.augment, seed, state.step),
-                torch.from_numpy(labels[rows]).to(device.torch),
-                torch.from_numpy(weights[rows]).to(device.torch),
+                torch.from_numpy(labels[batch]).to(device.torch),
+                torch.from_numpy(weights[batch]).to(device.torch),
             )
             state.losses += loss
             state.step += 1

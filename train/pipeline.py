@@ -164,7 +164,6 @@ class _Job:
         digest = hashlib.sha256(msgspec.json.encode(self.recipe.input))
         for example in self.examples:
             digest.update(example.sha256.encode())
-        self.model.to(self.device.torch)
         features = cached_features(
             self.model, self.pixels, digest.hexdigest(), CACHE, self.device,
             lambda i, n: console.track(i, "features of the frozen backbone", n),
@@ -237,12 +236,11 @@ class _Job:
             "fine-tuning", settings.metric, self.folder / "tensorboard" / self.key[:8]
         ) as watch:
             history = fine_tune(
-                tuned, self.pixels[rows], self.labels[rows], self._weights(rows),
+                tuned, self.pixels, rows, self.labels[rows], self._weights(rows),
                 settings=settings, seed=self.recipe.seed, key=self.key,
                 state_path=self.folder / "resume.safetensors", device=self.device,
                 validate=validate, watch=watch,
             )  # fmt: skip
-        tuned.to(self.device.torch)
         logits = predict(
             tuned, self.pixels, self.device, lambda i, n: console.track(i, "scoring", n)
         )
