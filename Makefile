@@ -7,7 +7,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LOCK := requirements/workstation.txt
-NAME = $(shell sed -n 's/^name *= *"\(.*\)".*/\1/p' $(RECIPE))
 
 help:  ## explain the targets
 	@echo "fieldfit: adapt a classifier to field images, prove it, run it on devices"
@@ -37,16 +36,16 @@ $(READY): $(LOCK) pyproject.toml
 	@touch $@
 
 train: $(READY)  ## adapt the model to the field images of RECIPE
-	@$(BIN)/python -m train $(RECIPE)
+	@$(BIN)/python -m train "$(RECIPE)"
 
 calibration: $(READY)  ## inspect the INT8 calibration of an exported RECIPE
-	@$(BIN)/python -m calibration $(RECIPE)
+	@$(BIN)/python -m calibration "$(RECIPE)"
 
 export: $(READY)  ## prove the model in every precision and write the bundle
-	@$(BIN)/python -m export $(RECIPE)
+	@$(BIN)/python -m export "$(RECIPE)"
 
 run: $(READY)  ## classify a few held-out field images with the bundle
-	$(BIN)/fieldfit classify build/$(NAME)/bundle build/$(NAME)/samples
+	@$(BIN)/python -m export "$(RECIPE)" --run
 
 test: $(READY)  ## run all tests
 	@$(BIN)/python -m pytest

@@ -27,8 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m calibration",
         description="Choose calibration images and measure INT8 ranges; writes images.json and "
         "table.json to build/NAME/calibration/.",
+        epilog="Example: python -m calibration train/recipes/solar.toml",
     )
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="the recipe, a TOML file")
+    parser.add_argument("recipe", type=Path, help="the TOML file that was exported")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)

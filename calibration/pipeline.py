@@ -11,14 +11,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnxruntime
 
 from calibration.graph import Graph, check_input
 from calibration.images import ADVISED_IMAGES, Choice, batches, choose_images, write_choice
 from calibration.ranges import Track, measure
 from calibration.table import Table, TableKey, differences, read_table, table_key, write_table
 from runtime.dataset import Example
-from runtime.errors import ExportError
-from runtime.preprocess import InputSpec
+from runtime.errors import DataError, ExportError
+from runtime.preprocess import InputSpec, preprocess
 from runtime.recipe import CalibrationSettings
 
 log = logging.getLogger(__name__)
@@ -49,20 +50,20 @@ def calibrate(
     *,
     seed: int,
     folder: Path,
-    features: npt.NDArray[np.floating] | None = None,
     track: Track | None = None,
 ) -> Calibration:
     """Measure the ranges of the fp32 ``graph`` on images chosen from ``examples``.
 
     Writes ``images.json`` and ``table.json`` to ``folder``; a table there that was made from the
-    same graph, images, preprocessing and method is used again. ``features`` ``[len(examples), D]``
-    spread the choice. ``track`` passes the batches through, for a progress bar.
+    same graph, images, preprocessing and method is used again. The graph's own features spread
+    the choice. ``track`` passes the batches through, for a progress bar.
 
     Raises DataError for too few or unsuitable examples, ExportError for a graph that cannot be
     quantized or does not compute what ``spec`` says.
     """
     index = Graph(graph)
     check_input(index, spec)
+    features = _features(graph, examples, spec)
     choice = choose_images(examples, count=settings.images, spec=spec, seed=seed, features=features)
     if len(choice.chosen) < ADVISED_IMAGES:
         log.warning(
@@ -83,6 +84,23 @@ def calibrate(
     write_choice(folder / IMAGES_FILE, choice)
     log.info("calibration table %s: %s", "used again" if reused else "measured", reason)
     return Calibration(table, choice, reused, per_class, reason)
+
+
+def _features(
+    graph: onnx.ModelProto, examples: Sequence[Example], spec: InputSpec
+) -> npt.NDArray[np.float32]:
+    """The graph's ``features`` ``[len(examples), D]``; zeros for an image that cannot be read."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), options)
+    rows = []
+    for example in examples:
+        try:
+            image = preprocess(example.path, spec)
+        except DataError:  # the choice names and refuses it
+            image = np.zeros(spec.shape, dtype=np.uint8)
+        rows.append(session.run(["features"], {"image": image[None]})[0][0])
+    return np.asarray(rows, dtype=np.float32)
 
 
 def _earlier(path: Path, key: TableKey) -> tuple[Table | None, str]:

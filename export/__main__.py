@@ -9,8 +9,12 @@ import logging
 import sys
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from runtime.command import run_command
+
+if TYPE_CHECKING:
+    from runtime.recipe import Recipe
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,6 +28,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("recipe", type=Path, help="the TOML file that was trained")
     parser.add_argument("--json", action="store_true", help="print release.json at the end")
+    parser.add_argument(
+        "--run", action="store_true", help="only classify the samples of the last export"
+    )
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="export: %(message)s")
     return run_command(
@@ -37,6 +44,8 @@ def _run(options: argparse.Namespace) -> int:
     from runtime.recipe import load_recipe
 
     recipe = load_recipe(options.recipe)
+    if options.run:
+        return _classify_samples(recipe)
     import msgspec
 
     from export.pipeline import export
@@ -51,8 +60,20 @@ def _run(options: argparse.Namespace) -> int:
         print(json.dumps(msgspec.to_builtins(release)))
     bundle = recipe.build / "bundle"
     console.say(f"wrote {bundle} and {recipe.build / f'{release.name}-{release.version}.zip'}")
-    console.say(f"next: fieldfit classify {bundle} {recipe.build / 'samples'}   (or: make run)")
+    console.say(f"next: make run RECIPE={options.recipe}")
     return 0
+
+
+def _classify_samples(recipe: "Recipe") -> int:
+    """What `make run` does: the device's command on held-out images named after their labels."""
+    import shlex
+
+    from runtime.__main__ import main as fieldfit
+
+    command = ["classify", str(recipe.build / "bundle"), str(recipe.build / "samples")]
+    program = Path(sys.executable).parent / "fieldfit"
+    print(f"$ {shlex.join([str(program), *command])}", file=sys.stderr)
+    return fieldfit(command)
 
 
 if __name__ == "__main__":

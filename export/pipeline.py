@@ -6,6 +6,7 @@ not match the checkpoint nothing is released at all.
 
 import hashlib
 import platform
+import re
 import shutil
 import subprocess
 import time
@@ -157,7 +158,6 @@ class _Job:
             recipe.calibration,
             seed=recipe.seed,
             folder=folder,
-            features=self._features(candidates),
             track=lambda items: console.track(items, "calibration"),
         )
         console.say(
@@ -166,17 +166,6 @@ class _Job:
         )
         self.table = done.table
         return done.table
-
-    def _features(self, examples: Sequence[Example]) -> npt.NDArray[np.float32]:
-        """Features ``[N, D]`` by which calibration spreads its choice."""
-        pixels = load_pixels(examples, self.recipe.input, CACHE)
-        starts = range(0, len(pixels), 16)
-        with OnnxRuntimeEngine(self.files["fp32.onnx"], form="fp32") as engine:
-            rows = [
-                engine.infer(np.asarray(pixels[start : start + 16])).features
-                for start in console.track(starts, "features of calibration candidates")
-            ]
-        return np.concatenate(rows)
 
     def _fp16(self, graph: onnx.ModelProto) -> FormReport:
         if too_large := overflows(graph):
@@ -327,15 +316,17 @@ def _check_trained(recipe: Recipe, dataset: Dataset, facts: CheckpointFacts) -> 
 
 def _write_samples(folder: Path, dataset: Dataset, held_out: Sequence[Example]) -> None:
     """A few held-out images under their labels' names, for a first run."""
-    chosen: list[Example] = []
-    for name in (*dataset.classes, None):
-        chosen += [e for e in held_out if e.label == name][: SAMPLES // len(dataset.classes)]
+    each = max(1, SAMPLES // len(dataset.classes))
+    chosen = [e for label in (*dataset.classes, None) for e in _labelled(held_out, label)[:each]]
     with atomic.replacing_folder(folder) as temporary:
-        for index, example in enumerate(chosen[:SAMPLES], 1):
-            source = Path(example.path)
-            shutil.copyfile(
-                source, temporary / f"{example.label or 'field'}-{index}{source.suffix}"
-            )
+        for index, example in enumerate(chosen[: max(SAMPLES, len(dataset.classes))], 1):
+            # A label from a CSV file may be no file name.
+            word = re.sub(r"[^\w-]+", "_", example.label or "field")[:60]
+            shutil.copyfile(example.path, temporary / f"{word}-{index}{Path(example.path).suffix}")
+
+
+def _labelled(examples: Sequence[Example], label: str | None) -> list[Example]:
+    return [example for example in examples if example.label == label]
 
 
 def _git_revision() -> str | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from runtime.command import run_command
-from runtime.errors import DataError, FieldfitError
+from runtime.errors import BundleError, DataError, FieldfitError
 from runtime.version import __version__
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".pgm", ".ppm"}
@@ -44,7 +44,8 @@ def _parser() -> argparse.ArgumentParser:
         _classify,
         "classify images",
         "Print one line for each image: label, score, path. Folders are searched for images; an "
-        "image that cannot be read is reported and the rest goes on.",
+        "image that cannot be read is reported and the rest goes on. With --json each line is one "
+        "JSON object; that of an unreadable image has an error instead of an answer.",
         "fieldfit classify build/solar/bundle photos/ --json",
     )
     classify.add_argument("bundle", type=Path)
@@ -83,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     benchmark.add_argument("bundle", type=Path)
     benchmark.add_argument("--batch", type=_positive, default=1, metavar="N", help="default 1")
-    benchmark.add_argument("--seconds", type=float, default=5.0, metavar="S", help="default 5")
+    benchmark.add_argument("--seconds", type=_seconds, default=5.0, metavar="S", help="default 5")
     benchmark.add_argument("--threads", type=_positive, default=1, metavar="N", help="default 1")
     return parser
 
@@ -106,15 +107,24 @@ def _verb(
 
 def _engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--require", metavar="FORM", help="run this form (fp32, int8-cpu) or fail; never step down"
+        "--require", metavar="FORM", help="run this form of the bundle or fail; never step down"
     )
     parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads; default all")
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {value}")
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, got {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 86_400:
+        raise argparse.ArgumentTypeError(f"expected seconds above 0, got {text!r}")
     return value
 
 
@@ -130,6 +140,8 @@ def _classify(options: argparse.Namespace) -> int:
             except DataError as error:
                 failed += 1
                 print(f"fieldfit: {error}", file=sys.stderr)
+                if options.json:
+                    print(json.dumps({"path": str(path), "error": str(error)}), flush=True)
                 continue
             if options.json:
                 print(json.dumps({"path": str(path), **msgspec.to_builtins(answer)}), flush=True)
@@ -147,7 +159,7 @@ def find_images(places: list[str]) -> Iterator[Path]:
     for place in places:
         path = Path(place)
         if path.is_dir():
-            found = sorted(f for f in path.rglob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+            found = sorted(f for f in path.rglob("*") if _is_image(f.relative_to(path), f))
         elif path.exists() or not glob.has_magic(place):
             found = [path]
         else:
@@ -157,12 +169,24 @@ def find_images(places: list[str]) -> Iterator[Path]:
         yield from found
 
 
+def _is_image(inside: Path, file: Path) -> bool:
+    """By its suffix; hidden files and folders are skipped, as in training."""
+    hidden = any(part.startswith(".") for part in inside.parts)
+    return not hidden and file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
+
+
 def _verify(options: argparse.Namespace) -> int:
     from runtime.bundle import Bundle
     from runtime.choose import try_form
 
-    bundle = Bundle.open(options.bundle)
-    golden = bundle.golden()
+    try:
+        bundle = Bundle.open(options.bundle)
+        golden = bundle.golden()
+    except BundleError as error:
+        if options.json:
+            report = {"bundle": str(options.bundle), "passed": False, "reason": str(error)}
+            print(json.dumps(report))
+        raise
     steps = []
     for form in (artifact.form for artifact in bundle.manifest.artifacts):
         step, engine, _ = try_form(bundle, form, None, golden)
@@ -172,7 +196,7 @@ def _verify(options: argparse.Namespace) -> int:
     manifest = bundle.manifest
     passed = all(step.accepted for step in steps)
     if options.json:
-        report = {
+        summary = {
             "bundle": str(options.bundle),
             "name": manifest.name,
             "version": manifest.version,
@@ -180,7 +204,7 @@ def _verify(options: argparse.Namespace) -> int:
             "files": len(manifest.files) + 1,
             "selftests": [step._asdict() for step in steps],
         }
-        print(json.dumps(report))
+        print(json.dumps(summary))
     else:
         size = sum(entry.size for entry in manifest.files)
         print(

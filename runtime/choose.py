@@ -66,6 +66,8 @@ def choose_engine(bundle: Bundle, *, form: str | None = None, threads: int | Non
         _log.log(logging.INFO if step.accepted else logging.WARNING, "%s", step)
         if engine is not None and selftest is not None:
             return Choice(engine, selftest, tuple(steps))
+    if form:
+        raise EngineError(f"{bundle.path}: {steps[0].engine}, {form}: {steps[0].reason}")
     reasons = "; ".join(str(step) for step in steps)
     raise EngineError(f"{bundle.path}: no engine can run it here: {reasons}")
 
@@ -75,7 +77,8 @@ def try_form(
 ) -> tuple[Step, Engine | None, SelfTest | None]:
     name = "onnxruntime CPU"
     if bundle.manifest.artifact(form) is None:
-        return Step(name, form, False, "not in the bundle (it did not pass the gate)"), None, None
+        forms = ", ".join(artifact.form for artifact in bundle.manifest.artifacts)
+        return Step(name, form, False, f"not in the bundle, which has {forms}"), None, None
     try:
         engine = OnnxRuntimeEngine(bundle.model(form), form=form, threads=threads)
         selftest = replay(engine, golden)

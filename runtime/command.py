@@ -5,6 +5,7 @@ else is a bug and keeps its traceback.
 """
 
 import errno
+import io
 import signal
 import sys
 from collections.abc import Callable
@@ -27,6 +28,9 @@ def run_command(program: str, run: Callable[[], int], *, interrupted: str = "int
 
     ``interrupted`` is what Ctrl-C leaves behind, in words.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that a terminal cannot show is no error
+            stream.reconfigure(errors="backslashreplace")
     try:
         return run()
     except FieldfitError as error:

@@ -165,6 +165,8 @@ def load_recipe(path: Path) -> Recipe:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise RecipeError(f"{path}: no such recipe{_other_recipes(path)}") from error
+    except IsADirectoryError as error:
+        raise RecipeError(f"{path}: is a folder{_other_recipes(path / 'x')}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read as UTF-8 text: {error}") from error
     recipe = parse_recipe(text, str(path))
@@ -318,7 +320,7 @@ def _show(value: Any) -> str:
 
 def _other_recipes(path: Path) -> str:
     folder = path.parent if path.parent.is_dir() else Path()
-    found = sorted(file.name for file in folder.glob("*.toml"))
+    found = sorted(file.name for file in folder.glob("*.toml") if file.name != "pyproject.toml")
     return f"; {folder} has: {', '.join(found)}" if found else ""
 
 

@@ -5,7 +5,6 @@ import json
 import logging
 from pathlib import Path
 
-import numpy as np
 import onnx
 import pytest
 from PIL import Image
@@ -61,7 +60,8 @@ def test_a_table_is_used_again_only_if_nothing_changed(tmp_path: Path) -> None:
     assert second.table == first.table
     assert second.reason == "graph, images, preprocessing and method are as they were"
     retrained = run(small_cnn(seed=1), examples, folder)
-    assert (retrained.reused, retrained.reason) == (False, "changed since the last one: graph")
+    assert not retrained.reused
+    assert retrained.reason.startswith("changed since the last one: graph")
     fewer = run(small_cnn(seed=1), examples, folder, images=8)
     assert (fewer.reused, fewer.reason) == (False, "changed since the last one: images")
     (folder / "table.json").write_text("{")
@@ -72,7 +72,6 @@ def test_a_table_is_used_again_only_if_nothing_changed(tmp_path: Path) -> None:
 
 def test_what_calibrate_leaves_is_what_the_dialects_read(tmp_path: Path) -> None:
     model = small_cnn()
-    features = np.random.default_rng(0).normal(size=(20, 3))
     done = calibrate(
         model,
         write_examples(tmp_path),
@@ -81,7 +80,6 @@ def test_what_calibrate_leaves_is_what_the_dialects_read(tmp_path: Path) -> None
         CalibrationSettings(images=16),
         seed=0,
         folder=tmp_path,
-        features=features,
     )
     table = calibration.read_table(tmp_path / "table.json")
     assert table == done.table

@@ -1,6 +1,7 @@
 """The device's API and command, on a real bundle."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -144,6 +145,10 @@ def test_one_broken_image_does_not_stop_the_others(
     assert captured.out.count("\n") == 1
     assert "a.png: expected an image, got an empty file" in captured.err
     assert "c.png: cannot be decoded" in captured.err
+    assert fieldfit(["classify", bundle, str(tmp_path), "--json"]) == 1
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [Path(record["path"]).name for record in records] == ["a.png", "b.png", "c.png"]
+    assert ["error" in record for record in records] == [True, False, True]
 
 
 def test_places_without_images_are_errors(
@@ -214,3 +219,53 @@ def test_a_closed_pipe_is_no_error(smoke: Path, samples: list[Path]) -> None:
     )  # fmt: skip
     assert done.stdout.count("\n") == 1
     assert "Traceback" not in done.stderr
+
+
+def test_an_unknown_form_lists_those_of_the_bundle(
+    smoke: Path, samples: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = str(smoke / "build/smoke/bundle")
+    assert fieldfit(["classify", bundle, str(samples[0]), "--require", "foo"]) == 1
+    assert "not in the bundle, which has fp32, fp16, int8, int8-cpu" in capsys.readouterr().err
+
+
+def test_a_refused_bundle_is_json_too(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (bundle / "fp32.onnx").write_bytes(b"")
+    assert fieldfit(["verify", str(bundle), "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert not report["passed"]
+    assert "fp32.onnx" in report["reason"]
+
+
+def test_hidden_files_are_skipped_as_in_training(tmp_path: Path) -> None:
+    from runtime.__main__ import find_images
+
+    for name in ("a.png", ".hidden.png", ".cache/b.png", "folder.png/c.png", "notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    found = [path.relative_to(tmp_path) for path in find_images([str(tmp_path)])]
+    assert found == [Path("a.png"), Path("folder.png/c.png")]
+
+
+def test_a_name_that_the_terminal_cannot_show_is_escaped(
+    smoke: Path, samples: list[Path], tmp_path: Path
+) -> None:
+    image = shutil.copy(samples[0], tmp_path / "ünï.png")
+    done = subprocess.run(
+        [sys.executable, "-m", "runtime", "classify", smoke / "build/smoke/bundle", image],
+        capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "\\xfcn\\xef.png" in done.stdout
+
+
+@pytest.mark.parametrize(("option", "value"), [("--seconds", "nan"), ("--seconds", "0"),
+                                               ("--threads", "x"), ("--batch", "-1")])  # fmt: skip
+def test_numbers_that_mean_nothing_are_wrong_usage(
+    option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        fieldfit(["benchmark", "bundle", option, value])
+    assert stopped.value.code == 2
+    assert "expected" in capsys.readouterr().err

@@ -78,8 +78,8 @@ def test_make_explains_itself_and_its_targets_are_phony() -> None:
     planned = subprocess.run(
         ["make", "-n", "train", "export"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
-    assert "python -m train train/recipes/solar.toml" in planned
-    assert "python -m export train/recipes/solar.toml" in planned
+    assert 'python -m train "train/recipes/solar.toml"' in planned
+    assert 'python -m export "train/recipes/solar.toml"' in planned
 
 
 def test_the_locks_name_no_index() -> None:

@@ -26,7 +26,7 @@ from runtime.preprocess import preprocess_batch
 from runtime.recipe import GateSettings
 from train.__main__ import main as train
 from train.checkpoint import read_checkpoint
-from train.record import Training
+from train.record import Rung, Training, rank, why_kept
 
 SMOKE = Path(__file__).resolve().parent.parent / "train" / "recipes" / "smoke.toml"
 
@@ -304,3 +304,37 @@ def test_own_folders_and_an_unlabelled_field(
         if example.group:
             splits.setdefault(example.group, set()).add(example.split)
     assert all(len(found) == 1 for found in splits.values()), "a group straddles splits"
+
+
+def test_the_calibration_command_shows_what_export_used(
+    smoke: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from calibration.__main__ import main as calibration
+
+    for room in ("train", "calibration"):
+        shutil.copytree(smoke / "build/smoke" / room, tmp_path / "build/smoke" / room)
+    monkeypatch.chdir(tmp_path)
+    before = (tmp_path / "build/smoke/calibration/images.json").read_bytes()
+    assert calibration([str(SMOKE)]) == 0
+    assert "used again" in capsys.readouterr().out
+    assert (tmp_path / "build/smoke/calibration/images.json").read_bytes() == before
+
+
+def test_a_tie_is_decided_by_log_loss_and_says_so() -> None:
+    def rung(name: str, value: float, log_loss: float) -> Rung:
+        return Rung(name=name, scores={}, value=value, log_loss=log_loss, seconds=1.0)
+
+    simple, better = rung("as is", 1.0, 0.5), rung("feature extraction", 1.0, 0.1)
+    assert max([simple, better], key=rank) is better
+    assert "a tie, decided by log-loss" in why_kept(better, [simple, better], "auc", "target")
+    assert max([simple, rung("x", 0.9, 0.0)], key=rank) is simple
+
+
+def test_make_run_classifies_the_samples(
+    smoke: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(smoke)
+    assert export([str(SMOKE), "--run"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.count("\n") == 6
+    assert "fieldfit classify build/smoke/bundle build/smoke/samples" in captured.err

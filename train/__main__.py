@@ -55,7 +55,8 @@ def _run(options: argparse.Namespace) -> int:
         console.say("nothing to do: this recipe and these images are trained already")
     if options.json:
         print(json.dumps(msgspec.to_builtins(training)))
-    console.say(f"wrote {recipe.build / 'train'}; next: make export RECIPE={options.recipe}")
+    done_words = "wrote" if done else "see"
+    console.say(f"{done_words} {recipe.build / 'train'}; next: make export RECIPE={options.recipe}")
     return 0
 
 

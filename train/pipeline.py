@@ -1,6 +1,6 @@
 """The order of training's steps: images, features, head, fine-tuning, and which rung is kept.
 
-Every rung is scored on validation images, the best is kept, and an earlier rung wins a tie. Test
+Every rung is scored on validation images and the best is kept; log-loss decides a tie. Test
 images are scored for the record only: no choice ever sees them.
 """
 
@@ -31,7 +31,7 @@ from train.finetune import Epoch, fine_tune
 from train.head import fit_head, log_loss
 from train.model import ImageClassifier, build_model
 from train.pixels import load_pixels
-from train.record import Rung, Training, finished, training_key, why_dropped, why_kept
+from train.record import Rung, Training, finished, rank, training_key, why_dropped, why_kept
 from train.watch import Watched
 
 Floats = npt.NDArray[np.float32]
@@ -55,7 +55,7 @@ def train(recipe: Recipe) -> tuple[Training, bool]:
         return done, False
     job = _Job(recipe, dataset, choose_device(), folder, key)
     rungs = job.climb()
-    best = max(range(len(rungs)), key=lambda index: (rungs[index][0].value, -index))
+    best = max(range(len(rungs)), key=lambda index: (*rank(rungs[index][0]), -index))
     chosen, model = rungs[best]
     reason = why_kept(chosen, [rung for rung, _ in rungs], recipe.train.metric, job.decided_on)
     temperature = job.temperature(model)
@@ -266,6 +266,7 @@ class _Job:
             name=name,
             scores=scores,
             value=value.metric(self.recipe.train.metric),
+            log_loss=log_loss(logits[self.deciding], self.labels[self.deciding]),
             seconds=time.monotonic() - start,
             l2=l2,
             history=history,

@@ -24,6 +24,8 @@ class Rung(msgspec.Struct, frozen=True, kw_only=True):
     """By ``DOMAIN-SPLIT``; validation decides, test is for the record."""
     value: float
     """The recipe's metric on the images that decide."""
+    log_loss: float
+    """On the same images; decides between rungs of equal value."""
     seconds: float
     l2: float | None = None
     history: tuple[Epoch, ...] = ()
@@ -67,20 +69,28 @@ def finished(folder: Path, key: str) -> Training | None:
     return training if whole and training.key == key else None
 
 
+def rank(rung: Rung) -> tuple[float, float]:
+    """By the recipe's metric, then by log-loss: small sets of images tie easily."""
+    return rung.value, -rung.log_loss
+
+
 def why_kept(chosen: Rung, rungs: Sequence[Rung], metric: str, decided_on: str) -> str:
     """One sentence: by what, and how far ahead of the next best."""
     others = [rung for rung in rungs if rung is not chosen]
     if not others:
         return "the only rung"
-    best = max(others, key=lambda rung: rung.value)
-    return (
+    best = max(others, key=rank)
+    words = (
         f"{metric} {chosen.value:.4f} on {decided_on} images, "
         f"the next best ({best.name}) {best.value:.4f}"
     )
+    if best.value == chosen.value:
+        words += f": a tie, decided by log-loss, {chosen.log_loss:.4f} against {best.log_loss:.4f}"
+    return words
 
 
 def why_dropped(rung: Rung, chosen: Rung, metric: str) -> str:
     """One sentence: how far behind ``chosen``."""
     if rung.value == chosen.value:
-        return f"no better than {chosen.name}, which is simpler"
+        return f"no better than {chosen.name} (log-loss {rung.log_loss:.4f})"
     return f"{metric} {chosen.value - rung.value:.4f} below {chosen.name}"
