@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     return run_command(
         "export",
         lambda: _run(options),
-        interrupted="interrupted; nothing was released, run it again",
+        interrupted="interrupted; an earlier bundle is as it was, run it again",
     )
 
 

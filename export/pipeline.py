@@ -37,6 +37,7 @@ from runtime.dataset import Dataset, Example, read_dataset
 from runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
 from runtime.errors import DataError, EngineError, ExportError
 from runtime.manifest import Artifact
+from runtime.preprocess import IMAGE_SUFFIXES
 from runtime.recipe import Recipe
 from runtime.version import __version__
 from train import console
@@ -316,17 +317,17 @@ def _check_trained(recipe: Recipe, dataset: Dataset, facts: CheckpointFacts) -> 
 
 def _write_samples(folder: Path, dataset: Dataset, held_out: Sequence[Example]) -> None:
     """A few held-out images under their labels' names, for a first run."""
-    each = max(1, SAMPLES // len(dataset.classes))
-    chosen = [e for label in (*dataset.classes, None) for e in _labelled(held_out, label)[:each]]
+    there = [example for example in held_out if Path(example.path).is_file()]
+    labels = [name for name in (*dataset.classes, None) if any(e.label == name for e in there)]
+    each = max(1, SAMPLES // max(1, len(labels)))
+    chosen = [e for name in labels for e in [e for e in there if e.label == name][:each]]
     with atomic.replacing_folder(folder) as temporary:
-        for index, example in enumerate(chosen[: max(SAMPLES, len(dataset.classes))], 1):
+        for index, example in enumerate(chosen, 1):
             # A label from a CSV file may be no file name.
             word = re.sub(r"[^\w-]+", "_", example.label or "field")[:60]
-            shutil.copyfile(example.path, temporary / f"{word}-{index}{Path(example.path).suffix}")
-
-
-def _labelled(examples: Sequence[Example], label: str | None) -> list[Example]:
-    return [example for example in examples if example.label == label]
+            suffix = Path(example.path).suffix.lower()
+            suffix = suffix if suffix in IMAGE_SUFFIXES else ".png"  # readers go by content
+            shutil.copyfile(example.path, temporary / f"{word}-{index}{suffix}")
 
 
 def _git_revision() -> str | None:

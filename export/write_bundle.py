@@ -63,13 +63,15 @@ def write_bundle(
 ) -> None:
     """Write ``folder`` and ``archive``, replacing older ones.
 
-    The zip comes first: it is the copy that leaves the workstation, and the folder is made of
-    the same bytes.
+    Each is opened as a device would before it takes the place of the older one.
     """
     contents = {MANIFEST: encode(manifest), **files}
-    atomic.write_bytes(archive, encode_zip(contents))
-    with atomic.replacing_folder(folder) as temporary:
+    with (
+        atomic.replacing_file(archive) as packed,
+        atomic.replacing_folder(folder) as unpacked,
+    ):
+        packed.write_bytes(encode_zip(contents))
+        Bundle.open(packed)
         for name, data in contents.items():
-            (temporary / name).write_bytes(data)
-        Bundle.open(temporary)
-    Bundle.open(archive)
+            (unpacked / name).write_bytes(data)
+        Bundle.open(unpacked)

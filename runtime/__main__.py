@@ -16,9 +16,8 @@ import msgspec
 
 from runtime.command import run_command
 from runtime.errors import BundleError, DataError, FieldfitError
+from runtime.preprocess import IMAGE_SUFFIXES
 from runtime.version import __version__
-
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".pgm", ".ppm"}
 
 
 def main(argv: list[str] | None = None) -> int:

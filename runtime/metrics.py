@@ -123,12 +123,13 @@ def fit_temperature(logits: Floats, labels: Ints) -> float:
     """The temperature in [0.05, 20] that minimises the negative log-likelihood.
 
     Golden-section search over its logarithm; the loss is unimodal in it. (Guo et al. 2017.)
-    Returns 1.0 if no label is known.
+    Returns 1.0 if no label is known, or every answer is right: the likelihood would then grow
+    without end as the temperature falls, and every score would be 1.
     """
     known = labels >= 0
-    if not known.any():
-        return 1.0
     logits, labels = logits[known], labels[known]
+    if (logits.argmax(axis=1) == labels).all():
+        return 1.0
 
     def loss(log_temperature: float) -> float:
         probabilities = softmax(logits, temperature=float(np.exp(log_temperature)))

@@ -36,6 +36,14 @@ MAX_PIXELS = 89_478_485
 Pillow's own limit, above which it warns: silencing that is not safe between threads.
 """
 
+# fmt: off
+IMAGE_SUFFIXES = frozenset({
+    ".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png",
+    ".pnm", ".ppm", ".tif", ".tiff", ".webp",
+})
+# fmt: on
+"""What counts as an image when a folder is searched, in training and on the device."""
+
 MAX_FILE_BYTES = 512 * 1024 * 1024
 """Encoded files above this size are refused before they are read."""
 

@@ -8,6 +8,7 @@ an error that names the file, the table and the key, and guesses what was meant.
 import difflib
 import enum
 import hashlib
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -94,6 +95,10 @@ class TrainSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     augment: tuple[Augmentation, ...] = ("flip-horizontal", "flip-vertical")
     """Each is applied to half of the images, at random; leave out what changes the label."""
 
+    def __post_init__(self) -> None:
+        if not self.head_l2 or not all(math.isfinite(strength) for strength in self.head_l2):
+            raise ValueError("head_l2 must list one or more finite strengths, e.g. [1e-3]")
+
 
 class CalibrationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """``[calibration]``: how INT8 ranges are measured."""
@@ -115,6 +120,10 @@ class ExportSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """Forms to offer to the gate beside ``fp32``, which is always there."""
     golden: Annotated[int, msgspec.Meta(ge=2, le=64)] = 8
     """Golden samples in the bundle, replayed wherever it is opened."""
+
+    def __post_init__(self) -> None:
+        if len(set(self.forms)) != len(self.forms):
+            raise ValueError(f"forms must name each form once, got {', '.join(self.forms)}")
 
 
 class GateSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -144,6 +153,10 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     calibration: CalibrationSettings = CalibrationSettings()
     export: ExportSettings = ExportSettings()
     gate: GateSettings = GateSettings()
+
+    def __post_init__(self) -> None:
+        if self.name == "cache":
+            raise ValueError("name must not be 'cache': build/cache is where caches are kept")
 
     @property
     def build(self) -> Path:

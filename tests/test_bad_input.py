@@ -141,6 +141,8 @@ def test_domains_that_cannot_be_used(
         ({"model": 'architecture = "efficientnet_lite"'}, "did you mean"),
         ({"input": "size = [32, 32]\nchannels = 2"}, "channels"),
         ({"train": "epochs = "}, "not valid TOML"),
+        ({"train": "head_l2 = []"}, "one or more finite strengths"),
+        ({"export": 'forms = ["fp16", "fp16"]'}, "each form once"),
     ],
 )
 def test_recipes_that_cannot_be_used(

@@ -145,7 +145,8 @@ def test_temperature_is_found_again(temperature: float) -> None:
 def test_temperature_without_labels_and_at_its_limits() -> None:
     logits = np.array([[4.0, 0.0], [0.0, 4.0]])
     assert metrics.fit_temperature(logits, ints(-1, -1)) == 1.0
-    assert metrics.fit_temperature(logits, ints(0, 1)) == pytest.approx(0.05, rel=0.1)
+    # All right: the likelihood has no optimum, and scores must not all become 1.
+    assert metrics.fit_temperature(logits, ints(0, 1)) == 1.0
     assert metrics.fit_temperature(logits, ints(1, 0)) == pytest.approx(20.0, rel=0.1)
 
 

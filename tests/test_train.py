@@ -10,10 +10,10 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from runtime.dataset import Example
-from runtime.errors import DataError
+from runtime.dataset import Dataset, Example
+from runtime.errors import DataError, RecipeError
 from runtime.preprocess import InputSpec
-from runtime.recipe import ModelSettings, TrainSettings
+from runtime.recipe import ModelSettings, TrainSettings, parse_recipe
 from train import features as features_module
 from train.checkpoint import CheckpointFacts, read_checkpoint, write_checkpoint
 from train.device import Device
@@ -22,6 +22,7 @@ from train.finetune import Epoch, Watcher, _augment, _rate, fine_tune
 from train.head import fit_head
 from train.model import ImageClassifier, build_model
 from train.pixels import load_pixels
+from train.record import training_key
 
 CPU = Device("cpu", torch.float32, "test")
 SPEC = InputSpec(size=(32, 32), channels=1)
@@ -119,9 +120,13 @@ class Watched:
         self.resumed_at = step
 
 
-def tune(folder: Path, watched: Watched, key: str = "k", **changes: Any) -> ImageClassifier:
+def tune(
+    folder: Path, watched: Watched, key: str = "k", *, poison: bool = False, **changes: Any
+) -> ImageClassifier:
     torch.manual_seed(0)
     pixels, labels, weights = tiny_task()
+    if poison:
+        weights[5] = np.inf
     settings = TrainSettings(**{"epochs": 2, "batch": 6, "freeze": FREEZE, **changes})
     model = build_model(ModelSettings(), SPEC, 2)
     fine_tune(
@@ -228,3 +233,33 @@ def test_a_checkpoint_comes_back_as_it_went(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(DataError, match="damaged"):
         read_checkpoint(path)
+
+
+def test_a_loss_scaler_survives_its_record() -> None:
+    """Half precision on older GPUs: the interval must come back as the integer it was."""
+    import msgspec
+
+    from train.finetune import _State
+
+    scaler = torch.amp.GradScaler("cpu", enabled=True)
+    state = _State(key="k", scaler=scaler.state_dict())
+    back = msgspec.json.decode(msgspec.json.encode(state), type=_State)
+    assert back.scaler == scaler.state_dict()
+    assert isinstance(back.scaler["growth_interval"], int)
+
+
+def test_a_diverging_run_stops_with_the_way_out(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"diverged at step \d+ of 8 .*lower it"):
+        tune(tmp_path, Watched(), poison=True)
+
+
+def test_other_weights_in_the_same_file_are_another_run(tmp_path: Path) -> None:
+    file = tmp_path / "w.safetensors"
+    file.write_bytes(b"one")
+    dataset = Dataset(classes=("a", "b"), examples=())
+    text = f'name = "t"\n[data]\nsource = "s"\n[model]\nweights = "{file}"\n'
+    recipe = parse_recipe(text, "t.toml")
+    first = training_key(recipe, dataset)
+    assert training_key(recipe, dataset) == first
+    file.write_bytes(b"two")
+    assert training_key(recipe, dataset) != first

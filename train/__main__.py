@@ -63,14 +63,19 @@ def _run(options: argparse.Namespace) -> int:
 def _show(training: "Training") -> None:
     from train import console
 
-    field = training.decided_on.split()[0]
-    both = "target-test" in training.rungs[0].scores
-    columns = ["rung", f"decided on {training.decided_on}", f"{field} test accuracy", "AUC"]
-    columns += ["source test accuracy", "AUC"] if both else []
+    first = training.rungs[0].scores
+    domains = [
+        domain
+        for domain in ("target", "source")
+        if f"{domain}-test" in first and first[f"{domain}-test"].labelled
+    ]
+    columns = ["rung", f"decided on {training.decided_on}"]
+    for domain in domains:
+        columns += [f"{domain} test accuracy", "AUC"]
     rows = []
     for rung in training.rungs:
         row = [f"{rung.name} (kept)" if rung.kept else rung.name, f"{rung.value:.4f}"]
-        for domain in (field, "source") if both else (field,):
+        for domain in domains:
             scores = rung.scores[f"{domain}-test"]
             row += [_number(scores.accuracy), _number(scores.auc)]
         rows.append([*row, f"{rung.seconds:.0f} s"])

@@ -29,15 +29,8 @@ import msgspec
 from runtime import atomic
 from runtime.dataset import Domain, SetAside, Split
 from runtime.errors import DataError
-from runtime.preprocess import decode
+from runtime.preprocess import IMAGE_SUFFIXES, decode
 from runtime.recipe import is_embedded
-
-# fmt: off
-IMAGE_EXTENSIONS = frozenset({
-    ".bmp", ".dib", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png",
-    ".pnm", ".ppm", ".tif", ".tiff", ".webp",
-})
-# fmt: on
 
 MAX_UNREADABLE = 0.01
 """Share of a domain's images that may be unreadable before that is an error."""
@@ -152,7 +145,7 @@ def _list_folder(root: Path, domain: Domain) -> Listing:
     set_aside: list[SetAside] = []
 
     def add(file: Path, label: str | None) -> None:
-        if file.suffix.lower() in IMAGE_EXTENSIONS:
+        if file.suffix.lower() in IMAGE_SUFFIXES:
             candidates.append(Candidate(path=str(file), domain=domain, label=label))
         else:
             reason = f"not an image by its extension {file.suffix!r}"
@@ -177,7 +170,7 @@ def _list_folder(root: Path, domain: Domain) -> Listing:
     if not candidates:
         raise DataError(
             f"{domain} {root}: no images; expected {root}/CLASS/IMAGE with one of the extensions "
-            f"{' '.join(sorted(IMAGE_EXTENSIONS))}"
+            f"{' '.join(sorted(IMAGE_SUFFIXES))}"
         )
     return Listing(candidates=tuple(candidates), set_aside=tuple(set_aside))
 

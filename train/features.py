@@ -39,12 +39,15 @@ def cached_features(
     digest = hashlib.sha256(images_sha256.encode())
     digest.update(weights_sha256(model.backbone).encode())
     digest.update(f"{model.scale.item()} {model.shift.item()} {pixels.shape}".encode())
+    digest.update(f"{device.kind} {device.precision}".encode())  # a GPU's differ a little
     path = cache / f"features-{digest.hexdigest()[:32]}.npy"
     try:
         known: Float32 = np.load(path, allow_pickle=False).astype(np.float32)
         return known
     except (OSError, ValueError, EOFError):
-        features = compute_features(model, pixels, device, track).astype(np.float16)
+        features = compute_features(model, pixels, device, track)
+    if np.abs(features).max(initial=0.0) < np.finfo(np.float16).max:
+        features = features.astype(np.float16)
     with atomic.replacing_file(path) as temporary, temporary.open("wb") as file:
         np.save(file, features, allow_pickle=False)
     return features.astype(np.float32)
@@ -61,23 +64,37 @@ def compute_features(
 
 
 def predict(
-    model: ImageClassifier, pixels: UInt8, device: Device, track: Track | None = None
+    model: ImageClassifier,
+    pixels: UInt8,
+    device: Device,
+    track: Track | None = None,
+    *,
+    rows: npt.NDArray[np.int64] | None = None,
 ) -> Float32:
-    """Logits ``[N, K]`` of ``pixels``."""
-    return np.concatenate([logits for logits, _ in _forward(model, pixels, device, track)])
+    """Logits ``[N, K]`` of ``pixels``, or of these ``rows`` of them, read batch by batch."""
+    return np.concatenate([logits for logits, _ in _forward(model, pixels, device, track, rows)])
 
 
 def _forward(
-    model: ImageClassifier, pixels: UInt8, device: Device, track: Track | None
+    model: ImageClassifier,
+    pixels: UInt8,
+    device: Device,
+    track: Track | None,
+    rows: npt.NDArray[np.int64] | None = None,
 ) -> Iterator[tuple[Float32, Float32]]:
     model.to(device.torch).eval()
-    starts: Iterable[int] = range(0, len(pixels), BATCH)
+    order = np.arange(len(pixels)) if rows is None else rows
+    starts: Iterable[int] = range(0, len(order), BATCH)
     if track is not None:
-        starts = track(starts, len(range(0, len(pixels), BATCH)))
+        starts = track(starts, len(range(0, len(order), BATCH)))
     for start in starts:
-        batch = to_device(pixels[start : start + BATCH], device)
-        with torch.inference_mode(), device.autocast():
-            logits, features = model(batch)
+        batch = to_device(pixels[order[start : start + BATCH]], device)
+        with torch.inference_mode():
+            with device.autocast():
+                features = model.extract(batch)
+            features = features.float()
+            # The head stays in float32: in bfloat16 many logits would be equal, and tie.
+            logits = model.head(features)
         yield logits.float().cpu().numpy(), features.float().cpu().numpy()
 
 

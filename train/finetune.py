@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from runtime import atomic
+from runtime.errors import RecipeError
 from runtime.recipe import Augmentation, TrainSettings
 from train.device import Device
 from train.features import to_device
@@ -61,7 +62,7 @@ class _State(msgspec.Struct, kw_only=True):
     best_score: float | None = None
     losses: float = 0.0
     seconds: float = 0.0
-    scaler: dict[str, float] = {}
+    scaler: dict[str, int | float] = {}
     history: list[Epoch] = []
 
 
@@ -97,7 +98,7 @@ def fine_tune(
     ``validate`` scores the model, higher is better. ``state_path`` holds the resumable state; it
     is used only if ``key`` is the same, and removed by the caller when its result is safe.
 
-    KeyboardInterrupt saves the state first.
+    KeyboardInterrupt saves the state first. Raises RecipeError if the loss stops being finite.
     """
     freeze_modules(model, settings.freeze)
     model.to(device.torch, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -130,6 +131,11 @@ def fine_tune(
                 torch.from_numpy(labels[batch]).to(device.torch),
                 torch.from_numpy(weights[batch]).to(device.torch),
             )
+            if not math.isfinite(loss):
+                raise RecipeError(
+                    f"[train] learning_rate: fine-tuning diverged at step {state.step + 1} of "
+                    f"{steps} (the loss is {loss}); lower it"
+                )
             state.losses += loss
             state.step += 1
             state.seconds = spent + time.monotonic() - started

@@ -112,6 +112,7 @@ class _Job:
         self.recipe, self.dataset, self.device = recipe, dataset, device
         self.folder, self.key = folder, key
         console.say(f"training on {device.reason}")
+        torch.manual_seed(recipe.seed)  # weights = "random"
         self.model = build_model(recipe.model, recipe.input, len(dataset.classes))
         self.examples = dataset.examples
         self.labels = np.array([dataset.label_index(e) for e in self.examples], dtype=np.int64)
@@ -136,7 +137,7 @@ class _Job:
     def temperature(self, model: ImageClassifier) -> float:
         """Fitted on the images that decide."""
         rows = self.deciding
-        logits = predict(model, self.pixels[rows], self.device)
+        logits = predict(model, self.pixels, self.device, rows=rows)
         return metrics.fit_temperature(logits, self.labels[rows])
 
     def _rows(self, domains: Sequence[str], split: Split, *, labelled: bool = False) -> Ints:
@@ -229,7 +230,7 @@ class _Job:
         tuned.load_state_dict(model.state_dict())
 
         def validate(model: ImageClassifier) -> float:
-            logits = predict(model, self.pixels[self.deciding], self.device)
+            logits = predict(model, self.pixels, self.device, rows=self.deciding)
             return score(logits, self.labels[self.deciding]).metric(settings.metric)
 
         with Watched(
@@ -299,7 +300,7 @@ def _describe(dataset: Dataset) -> None:
                 sum(e.label == name for e in dataset.select(domain, split)) for split in splits
             ]
             if sum(counts):
-                rows.append([f"{domain}: {name or 'no label'}", *map(str, counts)])
+                rows.append([f"{domain}: {(name or 'no label')[:50]}", *map(str, counts)])
     console.table("images", ["domain and class", *splits], rows)
     for aside in dataset.set_aside[:10]:
         console.say(f"set aside: {aside.path}: {aside.reason}")

@@ -54,8 +54,11 @@ class Training(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def training_key(recipe: Recipe, dataset: Dataset) -> str:
+    """Digest of all that decides the result: settings, images, and a weights file's content."""
+    weights = Path(recipe.model.weights)
+    start = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else ""
     parts = (recipe.seed, recipe.input, recipe.model, recipe.train, dataset.field, __version__)
-    return hashlib.sha256(msgspec.json.encode([parts, dataset.sha256])).hexdigest()
+    return hashlib.sha256(msgspec.json.encode([parts, start, dataset.sha256])).hexdigest()
 
 
 def finished(folder: Path, key: str) -> Training | None:
