@@ -5,7 +5,7 @@ It gets values, never the recipe, and does not know the dialects that read the t
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from calibration.ranges import Track, measure
 from calibration.table import Table, TableKey, differences, read_table, table_key, write_table
 from runtime.dataset import Example
 from runtime.errors import DataError, ExportError
-from runtime.preprocess import InputSpec, preprocess
+from runtime.preprocess import InputSpec, UInt8, preprocess
 from runtime.recipe import CalibrationSettings
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def calibrate(
     """
     index = Graph(graph)
     check_input(index, spec)
-    features = _features(graph, examples, spec)
+    features = _features(graph, examples, spec, track)
     choice = choose_images(examples, count=settings.images, spec=spec, seed=seed, features=features)
     if len(choice.chosen) < ADVISED_IMAGES:
         log.warning(
@@ -87,20 +87,26 @@ def calibrate(
 
 
 def _features(
-    graph: onnx.ModelProto, examples: Sequence[Example], spec: InputSpec
+    graph: onnx.ModelProto, examples: Sequence[Example], spec: InputSpec, track: Track | None
 ) -> npt.NDArray[np.float32]:
     """The graph's ``features`` ``[len(examples), D]``; zeros for an image that cannot be read."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(graph.SerializeToString(), options)
-    rows = []
-    for example in examples:
-        try:
-            image = preprocess(example.path, spec)
-        except DataError:  # the choice names and refuses it
-            image = np.zeros(spec.shape, dtype=np.uint8)
-        rows.append(session.run(["features"], {"image": image[None]})[0][0])
+    images: Iterable[UInt8] = (_readable(example, spec)[None] for example in examples)
+    rows = [
+        session.run(["features"], {"image": image})[0][0]
+        for image in (images if track is None else track(images))
+    ]
     return np.asarray(rows, dtype=np.float32)
+
+
+def _readable(example: Example, spec: InputSpec) -> UInt8:
+    """The preprocessed image; black where it cannot be read, which the choice names and refuses."""
+    try:
+        return preprocess(example.path, spec)
+    except DataError:
+        return np.zeros(spec.shape, dtype=np.uint8)
 
 
 def _earlier(path: Path, key: TableKey) -> tuple[Table | None, str]:

@@ -11,7 +11,6 @@ import logging
 import warnings
 from collections.abc import Iterator
 
-import numpy as np
 import onnx
 import torch
 from onnx import helper, numpy_helper
@@ -188,8 +187,3 @@ def _type(value: onnx.ValueInfoProto) -> tuple[int, tuple[int | None, ...]]:
 def stem_of(model: ModelProto) -> str | None:
     """Name of the first convolution: the one that sees the image."""
     return next((node.name for node in model.graph.node if node.op_type == "Conv"), None)
-
-
-def parameters(model: ModelProto) -> int:
-    """How many numbers the graph's constants hold."""
-    return sum(int(np.prod(tensor.dims)) for tensor in model.graph.initializer)
