@@ -10,6 +10,7 @@ import enum
 import hashlib
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -22,19 +23,25 @@ Share = Annotated[float, msgspec.Meta(gt=0, lt=1)]
 Rate = Annotated[float, msgspec.Meta(gt=0, le=1)]
 Budget = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
-Strategy = Literal["feature-extraction", "fine-tuning"]
+Strategy = Literal["auto", "as-is", "feature-extraction", "coral", "fine-tuning", "adversarial"]
+Threshold = Literal["balanced-accuracy", "accuracy", "none"]
+Forgetting = Literal["replay", "lwf", "l2-sp"]
+Adversarial = Literal["dann", "cdan", "mcc"]
 Metric = Literal["auc", "balanced-accuracy", "accuracy"]
 Augmentation = Literal["flip-horizontal", "flip-vertical", "rotate-90"]
 ReleaseForm = Literal["fp16", "int8", "int8-cpu"]
+
+SIMULATED = "simulated"
+"""The word for a target made from the source's own images."""
 
 
 class Splits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Shares of each domain; together they make 1."""
 
-    train: Share = 0.65
+    train: Share = 0.60
     """What training may see; calibration images come from here too."""
-    validation: Share = 0.10
-    """What decides between rungs, epochs and penalties."""
+    validation: Share = 0.15
+    """What decides between rungs and epochs, and what the gate between rungs judges by."""
     test: Share = 0.25
     """What the gate judges artifacts by; no choice ever sees it."""
 
@@ -47,10 +54,15 @@ class Splits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 class DataSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """``[data]``: where the images are."""
 
-    source: str
-    """The curated domain: a folder of class folders, a CSV file, or ``elpv[:mono|:poly]``."""
+    source: str | None = None
+    """The curated domain: a folder of class folders, a CSV file, or ``elpv[:mono|:poly]``. It may
+    be missing if ``[source] checkpoint`` is given; what that model forgets is then not measured."""
     target: str | None = None
-    """The field domain, in the same forms. Without one, the source is the field."""
+    """The field domain, in the same forms, or ``simulated``: half of the source's images as
+    simulated field photos. Without one, the source is the field and nothing is adapted."""
+    labels: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    """Labelled images of the target's training split that training may use, drawn evenly from the
+    classes; the others count as unlabelled. None uses all, 0 none."""
     splits: Splits = Splits()
     """How each domain is divided; see below."""
     limit: Annotated[int, msgspec.Meta(ge=0)] = 0
@@ -67,37 +79,163 @@ class ModelSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     ``random``, or the path of a ``.safetensors`` or torch state-dict file."""
 
 
-class TrainSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """``[train]``: how the model is adapted."""
+def _check_strengths(name: str, strengths: tuple[float, ...]) -> None:
+    if not strengths or not all(math.isfinite(strength) for strength in strengths):
+        raise ValueError(f"{name} must list one or more finite strengths, e.g. [1e-3]")
 
-    strategy: Strategy = "fine-tuning"
-    """``feature-extraction`` fits a head on frozen features; ``fine-tuning`` goes on from it."""
-    metric: Metric = "auc"
-    """What the validation images decide by."""
-    head_epochs: Count = 100
-    """Most passes of L-BFGS over the cached features."""
-    head_l2: tuple[Annotated[float, msgspec.Meta(ge=0)], ...] = (1e-4, 1e-3, 1e-2)
-    """Strengths of the L2 penalty to try; validation picks one."""
+
+class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The optimizer's course, the same words wherever weights of the network are trained."""
+
     epochs: Count = 6
-    """Fine-tuning passes over the training images."""
-    batch: Annotated[int, msgspec.Meta(ge=2, le=4096)] = 32
-    """Images of one optimizer step."""
+    """Passes over the largest group of labelled images; early stopping may end sooner."""
+    batch: Annotated[int, msgspec.Meta(ge=2, le=4096)] = 48
+    """Images of one optimizer step, over all domains and processes."""
     learning_rate: Rate = 2e-4
     """Peak rate of the backbone, after warm-up, before cosine decay."""
     head_learning_rate: Rate = 5e-5
-    """Peak rate of the head: lower, since it starts from its optimum."""
+    """Peak rate of the head."""
     weight_decay: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1e-4
     """Of AdamW."""
     warmup: Budget = 0.1
     """Share of the steps over which the rate rises from 0."""
+    patience: Annotated[int, msgspec.Meta(ge=0)] = 3
+    """Epochs without a better validation score before training stops; 0 never stops early."""
+
+
+class SourceSettings(Schedule, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """``[source]``: the model that is good on clean images: trained here, or brought along."""
+
+    checkpoint: str | None = None
+    """A whole classifier to start from, as ``.safetensors`` or torch state dict; none trains one
+    on the source images from the weights of ``[model]``."""
+    classes: tuple[str, ...] = ()
+    """Class names in the order of the checkpoint's outputs; a checkpoint of fieldfit knows its own."""
+    batch: Annotated[int, msgspec.Meta(ge=2, le=4096)] = 32
+    """Images of one optimizer step, over all processes."""
+    head_l2: tuple[Annotated[float, msgspec.Meta(ge=0)], ...] = (1e-4, 1e-3, 1e-2)
+    """L2 penalties to try for the head that training starts from; validation picks one."""
+
+    def __post_init__(self) -> None:
+        _check_strengths("head_l2", self.head_l2)
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError("classes must name each class once")
+        if self.classes and self.checkpoint is None:
+            raise ValueError("classes belong to a checkpoint; without one they come from the data")
+
+
+class HeadSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """``[train.head]``: rung 1, a linear head on the frozen backbone's cached features."""
+
+    epochs: Count = 100
+    """Most passes of L-BFGS over the features."""
+    l2: tuple[Annotated[float, msgspec.Meta(ge=0)], ...] = (0.003, 0.01, 0.03, 0.1, 0.3)
+    """Strengths of the pull towards the source head; cross-validation on field labels picks one."""
+    folds: Annotated[int, msgspec.Meta(ge=2, le=20)] = 5
+    """Of that cross-validation."""
+
+    def __post_init__(self) -> None:
+        _check_strengths("l2", self.l2)
+
+
+class FineTuningSettings(Schedule, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """``[train.fine_tuning]``: rung 2, the network at a low rate from rung 1's head."""
+
+    min_steps: Annotated[int, msgspec.Meta(ge=1)] = 60
+    """Steps to take even if the epochs are over sooner: few labels make short epochs."""
+    against_forgetting: Forgetting = "replay"
+    """``replay`` puts source images into every batch; ``lwf`` (learning without forgetting) asks
+    for the source model's answers on field images; ``l2-sp`` pulls weights back to the source's."""
+    keep_answers: Annotated[float, msgspec.Meta(ge=0, le=100)] = 1.0
+    """Weight of keeping the source model's answers, on replayed images or, with ``lwf``, on
+    field images; 0 does not."""
+    l2_sp: Annotated[float, msgspec.Meta(ge=0, le=100)] = 0.01
+    """Strength of the pull towards the source's weights, with ``l2-sp``."""
+    tune: tuple[str, ...] = ()
+    """Modules to train besides the head, by timm's names, e.g. ``blocks.0``; none trains all that
+    ``[train] freeze`` leaves."""
+    interpolation: tuple[Rate, ...] = (1.0, 0.75, 0.5, 0.25)
+    """WiSE-FT: shares of the way from the source model to the fine-tuned one, tried in this order
+    until what the source knew is kept."""
+
+
+class AdversarialSettings(Schedule, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """``[train.adversarial]``: rung 3, features in which the domains cannot be told apart."""
+
+    method: Adversarial = "dann"
+    """``dann`` (Ganin et al. 2016), ``cdan`` (Long et al. 2018), or ``mcc`` (Jin et al. 2020), which
+    needs no discriminator."""
+    max_weight: Annotated[float, msgspec.Meta(ge=0, le=10)] = 0.1
+    """Where the ramp of the domain loss ends. 1 is the paper's; it collapsed on some shifts."""
+    hidden: Annotated[int, msgspec.Meta(ge=1, le=8192)] = 256
+    """Units of the discriminator's hidden layer."""
+    dropout: Annotated[float, msgspec.Meta(ge=0, lt=1)] = 0.5
+    """In the discriminator."""
+    discriminator_learning_rate: Rate = 1e-3
+    """Peak rate of the discriminator."""
+    temperature: Annotated[float, msgspec.Meta(gt=0, le=100)] = 2.5
+    """Of ``mcc``."""
+    min_images: Annotated[int, msgspec.Meta(ge=2)] = 500
+    """Field training images, labelled or not, below which ``auto`` does not try this rung."""
+
+
+class LadderGate(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """``[train.gate]``: what a rung must prove on held-out images before it replaces the last."""
+
+    confidence: Annotated[float, msgspec.Meta(ge=0.5, lt=1)] = 0.90
+    """Of the paired bootstrap interval of the gain on the field; its lower end must be above 0."""
+    min_labels: Annotated[int, msgspec.Meta(ge=1)] = 50
+    """Labelled held-out field images below which a result is marked unverified."""
+    max_auc_drop: Budget = 0.01
+    """Most AUC that the source may lose against the source model."""
+    max_balanced_accuracy_drop: Budget = 0.02
+    """Most balanced accuracy that the source may lose, at the threshold that ships."""
+    max_negative_flips: Budget = 0.03
+    """Most source images that the source model had right and the candidate has wrong."""
+    max_rate_ratio: Annotated[float, msgspec.Meta(gt=1)] = 2.0
+    """How far the rate of each predicted class may be from the expected one, as a factor."""
+    stop_gap: Budget = 0.03
+    """The ladder ends when the field's metric is at most this far below the source's."""
+
+
+class SimilaritySettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """``[train.similarity]``: the report of what an adaptation changed."""
+
+    images: Annotated[int, msgspec.Meta(ge=8)] = 64
+    """Source images for the robustness sweep, each degraded in every way at every severity."""
+
+
+class TrainSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """``[train]``: how far the model is adapted, and how."""
+
+    strategy: Strategy = "auto"
+    """``auto`` climbs the ladder as far as the data asks for; a rung's name makes that rung (and
+    those that it starts from) the only candidate."""
+    metric: Metric = "auc"
+    """What a rung must improve on the field."""
+    threshold: Threshold = "balanced-accuracy"
+    """What the decision threshold is chosen for, on source and field validation images together;
+    ``none`` leaves the classes' scores as they are."""
     freeze: tuple[str, ...] = ()
     """Modules whose weights stay as they are, by timm's names, e.g. ``conv_stem``, ``blocks.0``."""
     augment: tuple[Augmentation, ...] = ("flip-horizontal", "flip-vertical")
     """Each is applied to half of the images, at random; leave out what changes the label."""
-
-    def __post_init__(self) -> None:
-        if not self.head_l2 or not all(math.isfinite(strength) for strength in self.head_l2):
-            raise ValueError("head_l2 must list one or more finite strengths, e.g. [1e-3]")
+    degrade: Budget = 0.0
+    """Share of the source's training images that are shown as simulated field photos."""
+    cache_frozen: bool = True
+    """Keep the output of frozen stages on disk instead of computing it in every epoch."""
+    compile: bool = False
+    """torch.compile: minutes at the start, faster steps; for long runs on a GPU."""
+    head: HeadSettings = HeadSettings()
+    """Rung 1; see below."""
+    fine_tuning: FineTuningSettings = FineTuningSettings()
+    """Rung 2; see below."""
+    adversarial: AdversarialSettings = AdversarialSettings()
+    """Rung 3; see below."""
+    gate: LadderGate = LadderGate()
+    """The gate between rungs; see below."""
+    similarity: SimilaritySettings = SimilaritySettings()
+    """The report of what changed; see below."""
 
 
 class CalibrationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -149,6 +287,7 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """Of splits, order, augmentation and every choice; the same seed gives the same result."""
     input: InputSpec = InputSpec()
     model: ModelSettings = ModelSettings()
+    source: SourceSettings = SourceSettings()
     train: TrainSettings = TrainSettings()
     calibration: CalibrationSettings = CalibrationSettings()
     export: ExportSettings = ExportSettings()
@@ -157,6 +296,15 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     def __post_init__(self) -> None:
         if self.name == "cache":
             raise ValueError("name must not be 'cache': build/cache is where caches are kept")
+        if self.data.source is None and (
+            self.source.checkpoint is None or self.data.target is None
+        ):
+            raise ValueError(
+                "[data] source is missing; without source images, give both [source] checkpoint "
+                "(the model to adapt) and [data] target (the field images)"
+            )
+        if self.data.target == SIMULATED and self.data.source is None:
+            raise ValueError(f'[data] target = "{SIMULATED}" is made from source images: name them')
 
     @property
     def build(self) -> Path:
@@ -342,17 +490,25 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
         return str((folder / Path(place).expanduser()).resolve())
 
     data, model = recipe.data, recipe.model
-    target = data.target
     data = msgspec.structs.replace(
         data,
-        source=data.source if is_embedded(data.source) else resolve(data.source),
-        target=target if target is None or is_embedded(target) else resolve(target),
+        source=_place(data.source, resolve),
+        target=_place(data.target, resolve),
     )
     if model.weights not in ("embedded", "pretrained", "random"):
         model = msgspec.structs.replace(model, weights=resolve(model.weights))
-    return msgspec.structs.replace(recipe, data=data, model=model)
+    source = recipe.source
+    if source.checkpoint is not None:
+        source = msgspec.structs.replace(source, checkpoint=resolve(source.checkpoint))
+    return msgspec.structs.replace(recipe, data=data, model=model, source=source)
 
 
-def is_embedded(place: str) -> bool:
+def _place(place: str | None, resolve: Callable[[str], str]) -> str | None:
+    if place is None or place == SIMULATED or is_embedded(place):
+        return place
+    return resolve(place)
+
+
+def is_embedded(place: str | None) -> bool:
     """Whether ``place`` names the sample data set rather than a path."""
-    return place == "elpv" or place.startswith("elpv:")
+    return place is not None and (place == "elpv" or place.startswith("elpv:"))

@@ -39,7 +39,7 @@ def pictures() -> WriteDomain:
 
 
 ROOT = Path(__file__).resolve().parent.parent
-SMOKE = ROOT / "train" / "recipes" / "smoke.toml"
+SMOKE = ROOT / "train" / "recipes" / "quick.toml"
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +51,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from export.__main__ import main as export
     from train.__main__ import main as train
 
-    folder = tmp_path_factory.mktemp("smoke")
+    folder = tmp_path_factory.mktemp("quick")
     before = Path.cwd()
     os.chdir(folder)
     try:
@@ -65,4 +65,4 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def bundle(smoke: Path, tmp_path: Path) -> Path:
     """A copy of the smoke bundle that a test may spoil."""
-    return Path(shutil.copytree(smoke / "build" / "smoke" / "bundle", tmp_path / "bundle"))
+    return Path(shutil.copytree(smoke / "build" / "quick" / "bundle", tmp_path / "bundle"))

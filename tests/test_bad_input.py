@@ -20,7 +20,7 @@ from export.__main__ import main as export
 from train.__main__ import main as train
 
 ROOT = Path(__file__).resolve().parent.parent
-SMOKE = ROOT / "train" / "recipes" / "smoke.toml"
+SMOKE = ROOT / "train" / "recipes" / "quick.toml"
 Pictures = Callable[..., Path]
 
 
@@ -181,21 +181,21 @@ def test_export_before_training_or_with_another_recipe(
     here: Path, smoke: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "run `python -m train RECIPE` first" in fails(export, SMOKE, capsys)
-    shutil.copytree(smoke / "build/smoke/train", here / "build/smoke/train")
+    shutil.copytree(smoke / "build/quick/train", here / "build/quick/train")
     other = here / "other.toml"
     other.write_text(SMOKE.read_text().replace("[64, 64]", "[96, 96]"))
     assert "trained with another [input]" in fails(export, other, capsys)
     other.write_text(SMOKE.read_text().replace("epochs = 1", "epochs = 2"))
     assert "seed, [train] or fieldfit changed since training" in fails(export, other, capsys)
-    images = here / "build/smoke/train/images.json"
+    images = here / "build/quick/train/images.json"
     listed = images.read_text()
     images.write_text(listed.replace('"split": "test"', '"split": "train"', 1))
     assert "splits changed since training" in fails(export, SMOKE, capsys)
     images.write_text(listed)
-    checkpoint = here / "build/smoke/train/checkpoint.safetensors"
+    checkpoint = here / "build/quick/train/checkpoint.safetensors"
     checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
     assert "damaged" in fails(export, SMOKE, capsys)
-    assert not (here / "build/smoke/bundle").exists()
+    assert not (here / "build/quick/bundle").exists()
 
 
 def run(arguments: list[str], folder: Path, **options: Any) -> "subprocess.CompletedProcess[str]":
@@ -219,16 +219,16 @@ def test_a_full_disk(smoke: Path, tmp_path: Path, room: str, size: int) -> None:
     shutil.copytree(smoke / "build", tmp_path / "build")
     for file in (tmp_path / "build/cache").glob("*.npy"):
         file.unlink()
-    shutil.rmtree(tmp_path / "build/smoke/bundle")
-    (tmp_path / "build/smoke/smoke-0.1.0.zip").unlink()
+    shutil.rmtree(tmp_path / "build/quick/bundle")
+    (tmp_path / "build/quick/smoke-0.1.0.zip").unlink()
     if room == "train":
-        shutil.rmtree(tmp_path / "build/smoke/train")
+        shutil.rmtree(tmp_path / "build/quick/train")
     done = run([room, str(SMOKE)], tmp_path, preexec_fn=limit_files(size))
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert "the file may not grow so large here" in done.stderr.splitlines()[-1]
-    assert not (tmp_path / "build/smoke/bundle").exists()
-    assert not (tmp_path / "build/smoke/train/training.json").exists() or room == "export"
+    assert not (tmp_path / "build/quick/bundle").exists()
+    assert not (tmp_path / "build/quick/train/training.json").exists() or room == "export"
     assert not list((tmp_path / "build").rglob(".*")), "temporary files are removed"
 
 
@@ -259,7 +259,7 @@ def test_ctrl_c_while_fine_tuning_and_the_same_command_again(tmp_path: Path) -> 
     assert "the same command goes on from here" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     nothing_half_written(tmp_path)
-    resumable = (tmp_path / "build/smoke/train/resume.safetensors").exists()
+    resumable = (tmp_path / "build/quick/train/resume.safetensors").exists()
     again = run(["train", str(SMOKE)], tmp_path)
     assert again.returncode == 0, again.stderr
     assert ("going on from step" in again.stderr) == resumable
@@ -272,10 +272,10 @@ def test_ctrl_c_while_fine_tuning_and_the_same_command_again(tmp_path: Path) -> 
 )  # fmt: skip
 def test_ctrl_c_at_other_stages(smoke: Path, tmp_path: Path, room: str, after: str) -> None:
     if room == "export":
-        shutil.copytree(smoke / "build/smoke/train", tmp_path / "build/smoke/train")
+        shutil.copytree(smoke / "build/quick/train", tmp_path / "build/quick/train")
         shutil.copytree(smoke / "build/cache", tmp_path / "build/cache")
     done = interrupt(room, tmp_path, after, grace=0.0)
     assert done.returncode == 130, done.stderr
     assert "Traceback" not in done.stderr
-    assert not (tmp_path / "build/smoke/bundle").exists()
+    assert not (tmp_path / "build/quick/bundle").exists()
     assert not list((tmp_path / "build").rglob(".*")), "temporary files are removed"

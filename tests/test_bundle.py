@@ -26,8 +26,8 @@ def zipped(bundle: Path, files: dict[str, bytes] | None = None) -> Path:
 
 
 def test_folder_and_zip_are_the_same_bundle(smoke: Path) -> None:
-    folder = Bundle.open(smoke / "build" / "smoke" / "bundle")
-    archive = Bundle.open(smoke / "build" / "smoke" / "smoke-0.1.0.zip")
+    folder = Bundle.open(smoke / "build" / "quick" / "bundle")
+    archive = Bundle.open(smoke / "build" / "quick" / "smoke-0.1.0.zip")
     assert folder.manifest == archive.manifest
     for entry in folder.manifest.files:
         assert folder.read(entry.name) == archive.read(entry.name)
@@ -38,7 +38,7 @@ def test_folder_and_zip_are_the_same_bundle(smoke: Path) -> None:
 
 
 def test_the_zip_is_stored_and_starts_with_the_manifest(smoke: Path) -> None:
-    with zipfile.ZipFile(smoke / "build" / "smoke" / "smoke-0.1.0.zip") as archive:
+    with zipfile.ZipFile(smoke / "build" / "quick" / "smoke-0.1.0.zip") as archive:
         infos = archive.infolist()
     assert infos[0].filename == "manifest.json"
     assert {info.compress_type for info in infos} == {zipfile.ZIP_STORED}

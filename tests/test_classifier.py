@@ -22,12 +22,12 @@ from runtime.selftest import judge
 
 @pytest.fixture(scope="module")
 def classifier(smoke: Path) -> Classifier:
-    return Classifier.open(smoke / "build" / "smoke" / "bundle", threads=1)
+    return Classifier.open(smoke / "build" / "quick" / "bundle", threads=1)
 
 
 @pytest.fixture
 def samples(smoke: Path) -> list[Path]:
-    return sorted((smoke / "build" / "smoke" / "samples").iterdir())
+    return sorted((smoke / "build" / "quick" / "samples").iterdir())
 
 
 def test_path_bytes_array_image_and_list_give_one_answer(
@@ -122,7 +122,7 @@ def test_the_self_test_judges_by_answers_and_closeness() -> None:
 def test_classify_prints_a_line_for_each_image(
     smoke: Path, samples: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bundle = str(smoke / "build" / "smoke" / "bundle")
+    bundle = str(smoke / "build" / "quick" / "bundle")
     assert fieldfit(["classify", bundle, str(samples[0].parent)]) == 0
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
@@ -139,7 +139,7 @@ def test_one_broken_image_does_not_stop_the_others(
     (tmp_path / "a.png").write_bytes(b"")
     shutil.copy(samples[0], tmp_path / "b.png")
     (tmp_path / "c.png").write_bytes(samples[0].read_bytes()[:300])
-    bundle = str(smoke / "build" / "smoke" / "bundle")
+    bundle = str(smoke / "build" / "quick" / "bundle")
     assert fieldfit(["classify", bundle, str(tmp_path)]) == 1
     captured = capsys.readouterr()
     assert captured.out.count("\n") == 1
@@ -154,7 +154,7 @@ def test_one_broken_image_does_not_stop_the_others(
 def test_places_without_images_are_errors(
     smoke: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bundle = str(smoke / "build" / "smoke" / "bundle")
+    bundle = str(smoke / "build" / "quick" / "bundle")
     for place in (tmp_path, tmp_path / "none.png", tmp_path / "*.png"):
         assert fieldfit(["classify", bundle, str(place)]) == 1
         assert str(place) in capsys.readouterr().err
@@ -166,7 +166,7 @@ def test_an_unreadable_image_is_named(classifier: Classifier) -> None:
 
 
 def test_verify_replays_every_form(smoke: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    archive = smoke / "build" / "smoke" / "smoke-0.1.0.zip"
+    archive = smoke / "build" / "quick" / "smoke-0.1.0.zip"
     assert fieldfit(["verify", str(archive), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["passed"]
@@ -179,12 +179,12 @@ def test_doctor_describes_machine_and_choice(
     assert fieldfit(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert {"python", "cpu", "cuda", "onnxruntime", "memory"} <= set(report)
-    assert fieldfit(["doctor", str(smoke / "build" / "smoke" / "bundle")]) == 0
+    assert fieldfit(["doctor", str(smoke / "build" / "quick" / "bundle")]) == 0
     assert "onnxruntime CPU, int8-cpu" in capsys.readouterr().out
 
 
 def test_benchmark_compares_the_forms(smoke: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bundle = str(smoke / "build" / "smoke" / "bundle")
+    bundle = str(smoke / "build" / "quick" / "bundle")
     assert fieldfit(["benchmark", bundle, "--seconds", "0.2", "--batch", "2", "--json"]) == 0
     timings = json.loads(capsys.readouterr().out)
     assert [t["form"] for t in timings] == ["fp32", "int8-cpu"]
@@ -211,7 +211,7 @@ def test_help_teaches_by_example(verb: str, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_closed_pipe_is_no_error(smoke: Path, samples: list[Path]) -> None:
-    bundle = smoke / "build" / "smoke" / "bundle"
+    bundle = smoke / "build" / "quick" / "bundle"
     command = f"{sys.executable} -m runtime classify {bundle} {samples[0]} {samples[1]} | head -n 1"
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {command}"],
@@ -224,7 +224,7 @@ def test_a_closed_pipe_is_no_error(smoke: Path, samples: list[Path]) -> None:
 def test_an_unknown_form_lists_those_of_the_bundle(
     smoke: Path, samples: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bundle = str(smoke / "build/smoke/bundle")
+    bundle = str(smoke / "build/quick/bundle")
     assert fieldfit(["classify", bundle, str(samples[0]), "--require", "foo"]) == 1
     assert "not in the bundle, which has fp32, fp16, int8, int8-cpu" in capsys.readouterr().err
 
@@ -252,7 +252,7 @@ def test_a_name_that_the_terminal_cannot_show_is_escaped(
 ) -> None:
     image = shutil.copy(samples[0], tmp_path / "ünï.png")
     done = subprocess.run(
-        [sys.executable, "-m", "runtime", "classify", smoke / "build/smoke/bundle", image],
+        [sys.executable, "-m", "runtime", "classify", smoke / "build/quick/bundle", image],
         capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False,
         env={**os.environ, "PYTHONIOENCODING": "ascii"},
     )  # fmt: skip

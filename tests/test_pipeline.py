@@ -28,12 +28,12 @@ from train.__main__ import main as train
 from train.checkpoint import read_checkpoint
 from train.record import Rung, Training, rank, why_kept
 
-SMOKE = Path(__file__).resolve().parent.parent / "train" / "recipes" / "smoke.toml"
+SMOKE = Path(__file__).resolve().parent.parent / "train" / "recipes" / "quick.toml"
 
 
 @pytest.fixture(scope="module")
 def build(smoke: Path) -> Path:
-    return smoke / "build" / "smoke"
+    return smoke / "build" / "quick"
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +69,12 @@ def test_training_again_has_nothing_to_do(
     smoke: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(smoke)
-    before = (smoke / "build/smoke/train/checkpoint.safetensors").stat().st_mtime_ns
+    before = (smoke / "build/quick/train/checkpoint.safetensors").stat().st_mtime_ns
     assert train([str(SMOKE), "--json"]) == 0
     captured = capsys.readouterr()
     assert "nothing to do" in captured.err
-    assert json.loads(captured.out)["name"] == "smoke"
-    assert (smoke / "build/smoke/train/checkpoint.safetensors").stat().st_mtime_ns == before
+    assert json.loads(captured.out)["name"] == "quick"
+    assert (smoke / "build/quick/train/checkpoint.safetensors").stat().st_mtime_ns == before
 
 
 def test_the_graph_keeps_the_contract(model: onnx.ModelProto) -> None:
@@ -177,7 +177,7 @@ def test_nothing_is_released_if_the_graph_is_not_the_checkpoint(
     """A graph with one damaged weight must not leave the house."""
     from export import pipeline
 
-    shutil.copytree(smoke / "build/smoke/train", tmp_path / "build/smoke/train")
+    shutil.copytree(smoke / "build/quick/train", tmp_path / "build/quick/train")
     monkeypatch.chdir(tmp_path)
 
     def damaged(*arguments: object) -> onnx.ModelProto:
@@ -191,7 +191,7 @@ def test_nothing_is_released_if_the_graph_is_not_the_checkpoint(
     assert export([str(SMOKE)]) == 1
     error = capsys.readouterr().err
     assert "the fp32 ONNX graph is not the checkpoint" in error
-    assert sorted(p.name for p in (tmp_path / "build/smoke").iterdir()) == ["train"]
+    assert sorted(p.name for p in (tmp_path / "build/quick").iterdir()) == ["train"]
 
 
 def test_a_form_that_cannot_be_made_is_refused_and_the_others_go_on(
@@ -199,7 +199,7 @@ def test_a_form_that_cannot_be_made_is_refused_and_the_others_go_on(
 ) -> None:
     from export import pipeline
 
-    shutil.copytree(smoke / "build/smoke/train", tmp_path / "build/smoke/train")
+    shutil.copytree(smoke / "build/quick/train", tmp_path / "build/quick/train")
     monkeypatch.chdir(tmp_path)
 
     def broken(*_: object) -> onnx.ModelProto:
@@ -214,29 +214,29 @@ def test_a_form_that_cannot_be_made_is_refused_and_the_others_go_on(
     error = capsys.readouterr().err
     assert "fp16 is not in the bundle: no such kernel" in error
     assert "int8 is not in the bundle: no convolution is left to quantize" in error
-    manifest = Bundle.open(tmp_path / "build/smoke/bundle").manifest
+    manifest = Bundle.open(tmp_path / "build/quick/bundle").manifest
     assert [artifact.form for artifact in manifest.artifacts] == ["fp32", "int8-cpu"]
 
 
 def test_a_form_over_budget_is_refused_after_every_rung(
     smoke: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(smoke / "build/smoke/train", tmp_path / "build/smoke/train")
+    shutil.copytree(smoke / "build/quick/train", tmp_path / "build/quick/train")
     monkeypatch.chdir(tmp_path)
     strict = tmp_path / "strict.toml"
     text = SMOKE.read_text().replace("min_sqnr_db = 8.0", "min_sqnr_db = 60.0")
     strict.write_text(text.replace("[export]", '[export]\nforms = ["int8-cpu"]'))
     assert export([str(strict)]) == 0
     release = msgspec.json.decode(
-        (tmp_path / "build/smoke/release.json").read_bytes(), type=Release
+        (tmp_path / "build/quick/release.json").read_bytes(), type=Release
     )
     report = release.forms[-1]
     assert not report.released
     assert "< 60 dB" in report.reason
     assert [len(attempt.kept_float) for attempt in report.attempts] == [0, 1]
-    bundle = Bundle.open(tmp_path / "build/smoke/bundle")
+    bundle = Bundle.open(tmp_path / "build/quick/bundle")
     assert [artifact.form for artifact in bundle.manifest.artifacts] == ["fp32"]
-    assert not (tmp_path / "build/smoke/bundle/int8-cpu.onnx").exists()
+    assert not (tmp_path / "build/quick/bundle/int8-cpu.onnx").exists()
 
 
 def test_parity_is_judged_by_signal_to_noise() -> None:
@@ -312,12 +312,12 @@ def test_the_calibration_command_shows_what_export_used(
     from calibration.__main__ import main as calibration
 
     for room in ("train", "calibration"):
-        shutil.copytree(smoke / "build/smoke" / room, tmp_path / "build/smoke" / room)
+        shutil.copytree(smoke / "build/quick" / room, tmp_path / "build/quick" / room)
     monkeypatch.chdir(tmp_path)
-    before = (tmp_path / "build/smoke/calibration/images.json").read_bytes()
+    before = (tmp_path / "build/quick/calibration/images.json").read_bytes()
     assert calibration([str(SMOKE)]) == 0
     assert "used again" in capsys.readouterr().out
-    assert (tmp_path / "build/smoke/calibration/images.json").read_bytes() == before
+    assert (tmp_path / "build/quick/calibration/images.json").read_bytes() == before
 
 
 def test_a_tie_is_decided_by_log_loss_and_says_so() -> None:
@@ -337,4 +337,4 @@ def test_make_run_classifies_the_samples(
     assert export([str(SMOKE), "--run"]) == 0
     captured = capsys.readouterr()
     assert captured.out.count("\n") == 6
-    assert "fieldfit classify build/smoke/bundle build/smoke/samples" in captured.err
+    assert "fieldfit classify build/quick/bundle build/quick/samples" in captured.err

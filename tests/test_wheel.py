@@ -86,7 +86,7 @@ def test_the_base_install_runs_a_bundle_without_torch(
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    build = smoke / "build" / "smoke"
+    build = smoke / "build" / "quick"
     verified = json.loads(run(fieldfit, "verify", build / "smoke-0.1.0.zip", "--json"))
     assert verified["passed"], verified
     answers = run(fieldfit, "classify", build / "bundle", build / "samples", "--json").splitlines()

@@ -43,7 +43,13 @@ class ImageClassifier(nn.Module):
         self.register_buffer("shift", torch.tensor(-spec.mean / spec.std), persistent=False)
 
     def extract(self, image: Tensor) -> Tensor:
-        """Features ``[N, D]``, float32, of images ``[N, H, W, C]``, uint8."""
+        """Features ``[N, D]``, float32, of images ``[N, H, W, C]``, uint8.
+
+        A floating-point input is taken as what train/stages left of an image: activations.
+        """
+        if image.is_floating_point():
+            activations: Tensor = self.backbone(image)
+            return activations
         # contiguous: torch.export would otherwise trace a strided view before the head.
         pixels = image.to(torch.float32).permute(0, 3, 1, 2).contiguous()
         features: Tensor = self.backbone(pixels * self.scale + self.shift)
