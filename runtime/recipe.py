@@ -110,7 +110,7 @@ class SourceSettings(Schedule, frozen=True, forbid_unknown_fields=True, kw_only=
     """A whole classifier to start from, as ``.safetensors`` or torch state dict; none trains one
     on the source images from the weights of ``[model]``."""
     classes: tuple[str, ...] = ()
-    """Class names in the order of the checkpoint's outputs; a checkpoint of fieldfit knows its own."""
+    """Class names in the order of its outputs; a checkpoint of fieldfit knows its own."""
     batch: Annotated[int, msgspec.Meta(ge=2, le=4096)] = 32
     """Images of one optimizer step, over all processes."""
     head_l2: tuple[Annotated[float, msgspec.Meta(ge=0)], ...] = (1e-4, 1e-3, 1e-2)
@@ -163,7 +163,7 @@ class AdversarialSettings(Schedule, frozen=True, forbid_unknown_fields=True, kw_
     """``[train.adversarial]``: rung 3, features in which the domains cannot be told apart."""
 
     method: Adversarial = "dann"
-    """``dann`` (Ganin et al. 2016), ``cdan`` (Long et al. 2018), or ``mcc`` (Jin et al. 2020), which
+    """``dann`` (Ganin et al. 2016), ``cdan`` (Long et al. 2018) or ``mcc`` (Jin et al. 2020), which
     needs no discriminator."""
     max_weight: Annotated[float, msgspec.Meta(ge=0, le=10)] = 0.1
     """Where the ramp of the domain loss ends. 1 is the paper's; it collapsed on some shifts."""

@@ -1,4 +1,4 @@
-"""What many tests share: small labelled pictures, and one trained and exported smoke recipe."""
+"""What many tests share: small labelled pictures, and one trained and exported quick recipe."""
 
 import os
 import shutil
@@ -39,12 +39,12 @@ def pictures() -> WriteDomain:
 
 
 ROOT = Path(__file__).resolve().parent.parent
-SMOKE = ROOT / "train" / "recipes" / "quick.toml"
+QUICK = ROOT / "train" / "recipes" / "quick.toml"
 
 
 @pytest.fixture(scope="session")
-def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which the smoke recipe was trained and exported, once for all tests.
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which the quick recipe was trained and exported, once for all tests.
 
     Tests only read it; one that changes something works on ``bundle`` or a copy of its own.
     """
@@ -55,14 +55,14 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
     before = Path.cwd()
     os.chdir(folder)
     try:
-        assert train([str(SMOKE)]) == 0
-        assert export([str(SMOKE)]) == 0
+        assert train([str(QUICK)]) == 0
+        assert export([str(QUICK)]) == 0
     finally:
         os.chdir(before)
     return folder
 
 
 @pytest.fixture
-def bundle(smoke: Path, tmp_path: Path) -> Path:
-    """A copy of the smoke bundle that a test may spoil."""
-    return Path(shutil.copytree(smoke / "build" / "quick" / "bundle", tmp_path / "bundle"))
+def bundle(quick: Path, tmp_path: Path) -> Path:
+    """A copy of the quick bundle that a test may spoil."""
+    return Path(shutil.copytree(quick / "build" / "quick" / "bundle", tmp_path / "bundle"))

@@ -20,7 +20,7 @@ from export.__main__ import main as export
 from train.__main__ import main as train
 
 ROOT = Path(__file__).resolve().parent.parent
-SMOKE = ROOT / "train" / "recipes" / "quick.toml"
+QUICK = ROOT / "train" / "recipes" / "quick.toml"
 Pictures = Callable[..., Path]
 
 
@@ -178,23 +178,23 @@ def test_weights_of_another_architecture(
 
 
 def test_export_before_training_or_with_another_recipe(
-    here: Path, smoke: Path, capsys: pytest.CaptureFixture[str]
+    here: Path, quick: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "run `python -m train RECIPE` first" in fails(export, SMOKE, capsys)
-    shutil.copytree(smoke / "build/quick/train", here / "build/quick/train")
+    assert "run `python -m train RECIPE` first" in fails(export, QUICK, capsys)
+    shutil.copytree(quick / "build/quick/train", here / "build/quick/train")
     other = here / "other.toml"
-    other.write_text(SMOKE.read_text().replace("[64, 64]", "[96, 96]"))
+    other.write_text(QUICK.read_text().replace("[64, 64]", "[96, 96]"))
     assert "trained with another [input]" in fails(export, other, capsys)
-    other.write_text(SMOKE.read_text().replace("epochs = 1", "epochs = 2"))
+    other.write_text(QUICK.read_text().replace("epochs = 1", "epochs = 2"))
     assert "seed, [train] or fieldfit changed since training" in fails(export, other, capsys)
     images = here / "build/quick/train/images.json"
     listed = images.read_text()
     images.write_text(listed.replace('"split": "test"', '"split": "train"', 1))
-    assert "splits changed since training" in fails(export, SMOKE, capsys)
+    assert "splits changed since training" in fails(export, QUICK, capsys)
     images.write_text(listed)
     checkpoint = here / "build/quick/train/checkpoint.safetensors"
     checkpoint.write_bytes(checkpoint.read_bytes()[:-100])
-    assert "damaged" in fails(export, SMOKE, capsys)
+    assert "damaged" in fails(export, QUICK, capsys)
     assert not (here / "build/quick/bundle").exists()
 
 
@@ -214,16 +214,16 @@ def limit_files(size: int) -> Callable[[], None]:
 @pytest.mark.parametrize(
     ("room", "size"), [("train", 500_000), ("train", 5_000_000), ("export", 20_000_000)]
 )
-def test_a_full_disk(smoke: Path, tmp_path: Path, room: str, size: int) -> None:
+def test_a_full_disk(quick: Path, tmp_path: Path, room: str, size: int) -> None:
     """While decoding, while writing the checkpoint, and while writing the zip."""
-    shutil.copytree(smoke / "build", tmp_path / "build")
+    shutil.copytree(quick / "build", tmp_path / "build")
     for file in (tmp_path / "build/cache").glob("*.npy"):
         file.unlink()
     shutil.rmtree(tmp_path / "build/quick/bundle")
-    (tmp_path / "build/quick/smoke-0.1.0.zip").unlink()
+    (tmp_path / "build/quick/quick-0.1.0.zip").unlink()
     if room == "train":
         shutil.rmtree(tmp_path / "build/quick/train")
-    done = run([room, str(SMOKE)], tmp_path, preexec_fn=limit_files(size))
+    done = run([room, str(QUICK)], tmp_path, preexec_fn=limit_files(size))
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     assert "the file may not grow so large here" in done.stderr.splitlines()[-1]
@@ -237,7 +237,7 @@ def interrupt(
 ) -> "subprocess.CompletedProcess[str]":
     """Run a command and press Ctrl-C once ``after`` has appeared on stderr."""
     process = subprocess.Popen(
-        [sys.executable, "-u", "-m", room, str(SMOKE)],
+        [sys.executable, "-u", "-m", room, str(QUICK)],
         cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
@@ -260,7 +260,7 @@ def test_ctrl_c_while_fine_tuning_and_the_same_command_again(tmp_path: Path) -> 
     assert "Traceback" not in done.stderr
     nothing_half_written(tmp_path)
     resumable = (tmp_path / "build/quick/train/resume.safetensors").exists()
-    again = run(["train", str(SMOKE)], tmp_path)
+    again = run(["train", str(QUICK)], tmp_path)
     assert again.returncode == 0, again.stderr
     assert ("going on from step" in again.stderr) == resumable
 
@@ -270,10 +270,10 @@ def test_ctrl_c_while_fine_tuning_and_the_same_command_again(tmp_path: Path) -> 
     [("train", "images"), ("train", "training on"),
      ("export", "fp16: passed")],
 )  # fmt: skip
-def test_ctrl_c_at_other_stages(smoke: Path, tmp_path: Path, room: str, after: str) -> None:
+def test_ctrl_c_at_other_stages(quick: Path, tmp_path: Path, room: str, after: str) -> None:
     if room == "export":
-        shutil.copytree(smoke / "build/quick/train", tmp_path / "build/quick/train")
-        shutil.copytree(smoke / "build/cache", tmp_path / "build/cache")
+        shutil.copytree(quick / "build/quick/train", tmp_path / "build/quick/train")
+        shutil.copytree(quick / "build/cache", tmp_path / "build/cache")
     done = interrupt(room, tmp_path, after, grace=0.0)
     assert done.returncode == 130, done.stderr
     assert "Traceback" not in done.stderr

@@ -25,9 +25,9 @@ def zipped(bundle: Path, files: dict[str, bytes] | None = None) -> Path:
     return path
 
 
-def test_folder_and_zip_are_the_same_bundle(smoke: Path) -> None:
-    folder = Bundle.open(smoke / "build" / "quick" / "bundle")
-    archive = Bundle.open(smoke / "build" / "quick" / "smoke-0.1.0.zip")
+def test_folder_and_zip_are_the_same_bundle(quick: Path) -> None:
+    folder = Bundle.open(quick / "build" / "quick" / "bundle")
+    archive = Bundle.open(quick / "build" / "quick" / "quick-0.1.0.zip")
     assert folder.manifest == archive.manifest
     for entry in folder.manifest.files:
         assert folder.read(entry.name) == archive.read(entry.name)
@@ -37,8 +37,8 @@ def test_folder_and_zip_are_the_same_bundle(smoke: Path) -> None:
         assert golden[f"logits.{artifact.form}"].shape == (len(golden["images"]), 2)
 
 
-def test_the_zip_is_stored_and_starts_with_the_manifest(smoke: Path) -> None:
-    with zipfile.ZipFile(smoke / "build" / "quick" / "smoke-0.1.0.zip") as archive:
+def test_the_zip_is_stored_and_starts_with_the_manifest(quick: Path) -> None:
+    with zipfile.ZipFile(quick / "build" / "quick" / "quick-0.1.0.zip") as archive:
         infos = archive.infolist()
     assert infos[0].filename == "manifest.json"
     assert {info.compress_type for info in infos} == {zipfile.ZIP_STORED}

@@ -21,13 +21,13 @@ from runtime.selftest import judge
 
 
 @pytest.fixture(scope="module")
-def classifier(smoke: Path) -> Classifier:
-    return Classifier.open(smoke / "build" / "quick" / "bundle", threads=1)
+def classifier(quick: Path) -> Classifier:
+    return Classifier.open(quick / "build" / "quick" / "bundle", threads=1)
 
 
 @pytest.fixture
-def samples(smoke: Path) -> list[Path]:
-    return sorted((smoke / "build" / "quick" / "samples").iterdir())
+def samples(quick: Path) -> list[Path]:
+    return sorted((quick / "build" / "quick" / "samples").iterdir())
 
 
 def test_path_bytes_array_image_and_list_give_one_answer(
@@ -120,9 +120,9 @@ def test_the_self_test_judges_by_answers_and_closeness() -> None:
 
 
 def test_classify_prints_a_line_for_each_image(
-    smoke: Path, samples: list[Path], capsys: pytest.CaptureFixture[str]
+    quick: Path, samples: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bundle = str(smoke / "build" / "quick" / "bundle")
+    bundle = str(quick / "build" / "quick" / "bundle")
     assert fieldfit(["classify", bundle, str(samples[0].parent)]) == 0
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
@@ -134,12 +134,12 @@ def test_classify_prints_a_line_for_each_image(
 
 
 def test_one_broken_image_does_not_stop_the_others(
-    smoke: Path, samples: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    quick: Path, samples: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a.png").write_bytes(b"")
     shutil.copy(samples[0], tmp_path / "b.png")
     (tmp_path / "c.png").write_bytes(samples[0].read_bytes()[:300])
-    bundle = str(smoke / "build" / "quick" / "bundle")
+    bundle = str(quick / "build" / "quick" / "bundle")
     assert fieldfit(["classify", bundle, str(tmp_path)]) == 1
     captured = capsys.readouterr()
     assert captured.out.count("\n") == 1
@@ -152,9 +152,9 @@ def test_one_broken_image_does_not_stop_the_others(
 
 
 def test_places_without_images_are_errors(
-    smoke: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    quick: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bundle = str(smoke / "build" / "quick" / "bundle")
+    bundle = str(quick / "build" / "quick" / "bundle")
     for place in (tmp_path, tmp_path / "none.png", tmp_path / "*.png"):
         assert fieldfit(["classify", bundle, str(place)]) == 1
         assert str(place) in capsys.readouterr().err
@@ -165,8 +165,8 @@ def test_an_unreadable_image_is_named(classifier: Classifier) -> None:
         classifier(3)  # type: ignore[call-overload]
 
 
-def test_verify_replays_every_form(smoke: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    archive = smoke / "build" / "quick" / "smoke-0.1.0.zip"
+def test_verify_replays_every_form(quick: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    archive = quick / "build" / "quick" / "quick-0.1.0.zip"
     assert fieldfit(["verify", str(archive), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["passed"]
@@ -174,17 +174,17 @@ def test_verify_replays_every_form(smoke: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_doctor_describes_machine_and_choice(
-    smoke: Path, capsys: pytest.CaptureFixture[str]
+    quick: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert fieldfit(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert {"python", "cpu", "cuda", "onnxruntime", "memory"} <= set(report)
-    assert fieldfit(["doctor", str(smoke / "build" / "quick" / "bundle")]) == 0
+    assert fieldfit(["doctor", str(quick / "build" / "quick" / "bundle")]) == 0
     assert "onnxruntime CPU, int8-cpu" in capsys.readouterr().out
 
 
-def test_benchmark_compares_the_forms(smoke: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bundle = str(smoke / "build" / "quick" / "bundle")
+def test_benchmark_compares_the_forms(quick: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = str(quick / "build" / "quick" / "bundle")
     assert fieldfit(["benchmark", bundle, "--seconds", "0.2", "--batch", "2", "--json"]) == 0
     timings = json.loads(capsys.readouterr().out)
     assert [t["form"] for t in timings] == ["fp32", "int8-cpu"]
@@ -210,8 +210,8 @@ def test_help_teaches_by_example(verb: str, capsys: pytest.CaptureFixture[str]) 
     assert f"Example: fieldfit {verb}" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_closed_pipe_is_no_error(smoke: Path, samples: list[Path]) -> None:
-    bundle = smoke / "build" / "quick" / "bundle"
+def test_a_closed_pipe_is_no_error(quick: Path, samples: list[Path]) -> None:
+    bundle = quick / "build" / "quick" / "bundle"
     command = f"{sys.executable} -m runtime classify {bundle} {samples[0]} {samples[1]} | head -n 1"
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {command}"],
@@ -222,9 +222,9 @@ def test_a_closed_pipe_is_no_error(smoke: Path, samples: list[Path]) -> None:
 
 
 def test_an_unknown_form_lists_those_of_the_bundle(
-    smoke: Path, samples: list[Path], capsys: pytest.CaptureFixture[str]
+    quick: Path, samples: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bundle = str(smoke / "build/quick/bundle")
+    bundle = str(quick / "build/quick/bundle")
     assert fieldfit(["classify", bundle, str(samples[0]), "--require", "foo"]) == 1
     assert "not in the bundle, which has fp32, fp16, int8, int8-cpu" in capsys.readouterr().err
 
@@ -248,11 +248,11 @@ def test_hidden_files_are_skipped_as_in_training(tmp_path: Path) -> None:
 
 
 def test_a_name_that_the_terminal_cannot_show_is_escaped(
-    smoke: Path, samples: list[Path], tmp_path: Path
+    quick: Path, samples: list[Path], tmp_path: Path
 ) -> None:
     image = shutil.copy(samples[0], tmp_path / "ünï.png")
     done = subprocess.run(
-        [sys.executable, "-m", "runtime", "classify", smoke / "build/quick/bundle", image],
+        [sys.executable, "-m", "runtime", "classify", quick / "build/quick/bundle", image],
         capture_output=True, text=True, cwd=Path(__file__).parent.parent, check=False,
         env={**os.environ, "PYTHONIOENCODING": "ascii"},
     )  # fmt: skip

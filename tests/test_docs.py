@@ -36,10 +36,10 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-def test_the_readme_s_python_runs(smoke: Path, tmp_path: Path) -> None:
+def test_the_readme_s_python_runs(quick: Path, tmp_path: Path) -> None:
     """As written, in a folder where the bundle is where the README says."""
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    shutil.copytree(smoke / "build" / "quick", tmp_path / "build" / "solar")
+    shutil.copytree(quick / "build" / "quick", tmp_path / "build" / "solar")
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path,
         env={"PYTHONPATH": str(ROOT), "PATH": ""}, check=False,

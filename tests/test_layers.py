@@ -50,15 +50,15 @@ def test_runtime_imports_what_a_device_has() -> None:
         assert imports(file) <= allowed, f"{file}: {imports(file) - allowed}"
 
 
-def test_the_face_imports_and_answers_with_torch_blocked(smoke: Path) -> None:
+def test_the_face_imports_and_answers_with_torch_blocked(quick: Path) -> None:
     """In a process of its own, with every workstation library made unimportable."""
     blocked = sorted(TORCH | {"onnx", "onnxscript", "rich", "tensorboard", "tomli"})
-    sample = next((smoke / "build/quick/samples").iterdir())
+    sample = next((quick / "build/quick/samples").iterdir())
     code = f"""
 import sys
 for name in {blocked}: sys.modules[name] = None
 from runtime import Classifier
-classifier = Classifier.open({str(smoke / "build/quick/bundle")!r})
+classifier = Classifier.open({str(quick / "build/quick/bundle")!r})
 print(classifier({str(sample)!r}).label)
 assert not any(sys.modules.get(n) for n in {blocked} + ["train", "export", "calibration"])
 """

@@ -1,4 +1,4 @@
-"""The main job on the smoke recipe: what each stage leaves behind is whole and true."""
+"""The main job on the quick recipe: what each stage leaves behind is whole and true."""
 
 import json
 import shutil
@@ -28,12 +28,12 @@ from train.__main__ import main as train
 from train.checkpoint import read_checkpoint
 from train.record import Rung, Training, rank, why_kept
 
-SMOKE = Path(__file__).resolve().parent.parent / "train" / "recipes" / "quick.toml"
+QUICK = Path(__file__).resolve().parent.parent / "train" / "recipes" / "quick.toml"
 
 
 @pytest.fixture(scope="module")
-def build(smoke: Path) -> Path:
-    return smoke / "build" / "quick"
+def build(quick: Path) -> Path:
+    return quick / "build" / "quick"
 
 
 @pytest.fixture(scope="module")
@@ -66,15 +66,15 @@ def test_training_leaves_its_record_checkpoint_and_log(build: Path) -> None:
 
 
 def test_training_again_has_nothing_to_do(
-    smoke: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    quick: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(smoke)
-    before = (smoke / "build/quick/train/checkpoint.safetensors").stat().st_mtime_ns
-    assert train([str(SMOKE), "--json"]) == 0
+    monkeypatch.chdir(quick)
+    before = (quick / "build/quick/train/checkpoint.safetensors").stat().st_mtime_ns
+    assert train([str(QUICK), "--json"]) == 0
     captured = capsys.readouterr()
     assert "nothing to do" in captured.err
     assert json.loads(captured.out)["name"] == "quick"
-    assert (smoke / "build/quick/train/checkpoint.safetensors").stat().st_mtime_ns == before
+    assert (quick / "build/quick/train/checkpoint.safetensors").stat().st_mtime_ns == before
 
 
 def test_the_graph_keeps_the_contract(model: onnx.ModelProto) -> None:
@@ -172,12 +172,12 @@ def test_calibration_saw_training_images_only(build: Path) -> None:
 
 
 def test_nothing_is_released_if_the_graph_is_not_the_checkpoint(
-    smoke: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A graph with one damaged weight must not leave the house."""
     from export import pipeline
 
-    shutil.copytree(smoke / "build/quick/train", tmp_path / "build/quick/train")
+    shutil.copytree(quick / "build/quick/train", tmp_path / "build/quick/train")
     monkeypatch.chdir(tmp_path)
 
     def damaged(*arguments: object) -> onnx.ModelProto:
@@ -188,18 +188,18 @@ def test_nothing_is_released_if_the_graph_is_not_the_checkpoint(
         return graph
 
     monkeypatch.setattr(pipeline, "to_onnx", damaged)
-    assert export([str(SMOKE)]) == 1
+    assert export([str(QUICK)]) == 1
     error = capsys.readouterr().err
     assert "the fp32 ONNX graph is not the checkpoint" in error
     assert sorted(p.name for p in (tmp_path / "build/quick").iterdir()) == ["train"]
 
 
 def test_a_form_that_cannot_be_made_is_refused_and_the_others_go_on(
-    smoke: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from export import pipeline
 
-    shutil.copytree(smoke / "build/quick/train", tmp_path / "build/quick/train")
+    shutil.copytree(quick / "build/quick/train", tmp_path / "build/quick/train")
     monkeypatch.chdir(tmp_path)
 
     def broken(*_: object) -> onnx.ModelProto:
@@ -210,7 +210,7 @@ def test_a_form_that_cannot_be_made_is_refused_and_the_others_go_on(
 
     monkeypatch.setattr(pipeline, "to_float16", broken)
     monkeypatch.setattr(tensorrt_dialect, "emit", float_only)
-    assert export([str(SMOKE)]) == 0
+    assert export([str(QUICK)]) == 0
     error = capsys.readouterr().err
     assert "fp16 is not in the bundle: no such kernel" in error
     assert "int8 is not in the bundle: no convolution is left to quantize" in error
@@ -219,12 +219,12 @@ def test_a_form_that_cannot_be_made_is_refused_and_the_others_go_on(
 
 
 def test_a_form_over_budget_is_refused_after_every_rung(
-    smoke: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copytree(smoke / "build/quick/train", tmp_path / "build/quick/train")
+    shutil.copytree(quick / "build/quick/train", tmp_path / "build/quick/train")
     monkeypatch.chdir(tmp_path)
     strict = tmp_path / "strict.toml"
-    text = SMOKE.read_text().replace("min_sqnr_db = 8.0", "min_sqnr_db = 60.0")
+    text = QUICK.read_text().replace("min_sqnr_db = 8.0", "min_sqnr_db = 60.0")
     strict.write_text(text.replace("[export]", '[export]\nforms = ["int8-cpu"]'))
     assert export([str(strict)]) == 0
     release = msgspec.json.decode(
@@ -307,15 +307,15 @@ def test_own_folders_and_an_unlabelled_field(
 
 
 def test_the_calibration_command_shows_what_export_used(
-    smoke: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from calibration.__main__ import main as calibration
 
     for room in ("train", "calibration"):
-        shutil.copytree(smoke / "build/quick" / room, tmp_path / "build/quick" / room)
+        shutil.copytree(quick / "build/quick" / room, tmp_path / "build/quick" / room)
     monkeypatch.chdir(tmp_path)
     before = (tmp_path / "build/quick/calibration/images.json").read_bytes()
-    assert calibration([str(SMOKE)]) == 0
+    assert calibration([str(QUICK)]) == 0
     assert "used again" in capsys.readouterr().out
     assert (tmp_path / "build/quick/calibration/images.json").read_bytes() == before
 
@@ -331,10 +331,10 @@ def test_a_tie_is_decided_by_log_loss_and_says_so() -> None:
 
 
 def test_make_run_classifies_the_samples(
-    smoke: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    quick: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(smoke)
-    assert export([str(SMOKE), "--run"]) == 0
+    monkeypatch.chdir(quick)
+    assert export([str(QUICK), "--run"]) == 0
     captured = capsys.readouterr()
     assert captured.out.count("\n") == 6
     assert "fieldfit classify build/quick/bundle build/quick/samples" in captured.err

@@ -64,7 +64,7 @@ def any_python(*versions: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("versions", [("3.10",), ("3.12", "3.13")], ids=lambda v: v[0])
 def test_the_base_install_runs_a_bundle_without_torch(
-    wheel: Path, smoke: Path, tmp_path: Path, versions: tuple[str, ...]
+    wheel: Path, quick: Path, tmp_path: Path, versions: tuple[str, ...]
 ) -> None:
     interpreter = any_python(*versions)
     uv = [sys.executable, "-m", "uv"]
@@ -86,8 +86,8 @@ def test_the_base_install_runs_a_bundle_without_torch(
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    build = smoke / "build" / "quick"
-    verified = json.loads(run(fieldfit, "verify", build / "smoke-0.1.0.zip", "--json"))
+    build = quick / "build" / "quick"
+    verified = json.loads(run(fieldfit, "verify", build / "quick-0.1.0.zip", "--json"))
     assert verified["passed"], verified
     answers = run(fieldfit, "classify", build / "bundle", build / "samples", "--json").splitlines()
     assert len(answers) == len(list((build / "samples").iterdir()))

@@ -107,7 +107,7 @@ class TaskLoss(Objective):
 
 
 def domain_mean(values: Tensor, weights: Tensor, domains: Tensor) -> Tensor:
-    """The weighted mean of ``values [B]`` in each domain that has any weight, and of those the mean.
+    """Weighted mean of ``values [B]`` in each domain that has any weight, and of those the mean.
 
     So that each domain counts the same however many images of it a batch has.
     """
