@@ -149,7 +149,8 @@ def test_other_timm_models_export_with_a_dynamic_batch(architecture: str) -> Non
     torch.nn.init.normal_(model.head.weight)
     facts = CheckpointFacts(
         name="t", classes=("a", "b", "c"), model=settings, input=spec, recipe_sha256="0" * 64,
-        dataset_sha256="1" * 64, rung="test", temperature=1.0,
+        dataset_sha256="1" * 64, rung="test", temperature=1.0, verified=True, adaptation="a test",
+        labels_used=0,
     )  # fmt: skip
     graph = to_onnx(model, facts)
     images = np.random.default_rng(0).integers(0, 256, (5, *spec.shape), dtype=np.uint8)
@@ -167,7 +168,8 @@ def test_what_torch_cannot_export_is_said_in_one_line(monkeypatch: pytest.Monkey
     monkeypatch.setattr(model, "extract", lambda image: image.float().sum().item())
     facts = CheckpointFacts(
         name="t", classes=("a", "b"), model=ModelSettings(), input=SMALL, recipe_sha256="0" * 64,
-        dataset_sha256="1" * 64, rung="test", temperature=1.0,
+        dataset_sha256="1" * 64, rung="test", temperature=1.0, verified=True, adaptation="a test",
+        labels_used=0,
     )  # fmt: skip
     with pytest.raises(ExportError, match=r"torch cannot export this architecture to ONNX: .+"):
         to_onnx(model, facts)

@@ -31,6 +31,12 @@ class CheckpointFacts(msgspec.Struct, frozen=True, kw_only=True):
     rung: str
     temperature: float
     """Divides the logits before softmax; fitted on validation images."""
+    verified: bool
+    """Whether enough held-out field labels proved the rung; else it must not pass as proven."""
+    adaptation: str
+    """Why, in one sentence without the rung's name, e.g. "12 labelled field images, 50 needed"."""
+    labels_used: int
+    """Labelled field images that training used."""
 
 
 def write_checkpoint(path: Path, model: ImageClassifier, facts: CheckpointFacts) -> str:
