@@ -30,7 +30,7 @@ from export.golden import choose_golden
 from export.onnx_graph import stem_of, to_onnx
 from export.parity import check_batches, check_checkpoint, measure, run
 from export.release import Attempt, FormReport, Release
-from export.write_bundle import GOLDEN, encode_golden, make_manifest, write_bundle
+from export.write_bundle import GOLDEN, adaptation_of, encode_golden, make_manifest, write_bundle
 from runtime import atomic
 from runtime.benchmark import interleave
 from runtime.dataset import Dataset, Example, read_dataset
@@ -97,6 +97,7 @@ class _Job:
             name=recipe.name,
             version=recipe.export.version,
             field=self.dataset.field,
+            adaptation=adaptation_of(self.facts),
             reference=self.reference,
             parity_db=parity,
             forms=tuple(self.reports),

@@ -6,7 +6,7 @@ It holds what was found; it decides nothing.
 import msgspec
 
 from export.engines import EngineProof
-from runtime.manifest import Quality
+from runtime.manifest import Adaptation, Quality
 
 
 class Attempt(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,6 +42,8 @@ class Release(msgspec.Struct, frozen=True, kw_only=True):
     version: str
     field: str
     """The domain that artifacts were judged on: its test images."""
+    adaptation: Adaptation
+    """As in the bundle's manifest."""
     reference: Quality
     """The torch checkpoint itself on the same images."""
     parity_db: float

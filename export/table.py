@@ -27,8 +27,9 @@ def rows(release: Release) -> list[list[str]]:
 
 
 def show(release: Release) -> None:
-    """Print the table and, below it, the reason of everything that was refused."""
+    """Print the table and, below it, whether the model is proven and why forms were refused."""
     console.table(title(release), COLUMNS, rows(release))
+    console.say(f"adaptation: {release.adaptation}")
     for report in release.forms:
         if not report.released:
             console.say(f"{report.form} is not in the bundle: {report.reason}")

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from runtime import atomic
 from runtime.bundle import MANIFEST, Bundle, encode_zip
-from runtime.manifest import FORMAT, Artifact, FileEntry, Manifest, encode
+from runtime.manifest import FORMAT, Adaptation, Artifact, FileEntry, Manifest, encode
 from runtime.recipe import Recipe
 from runtime.version import __version__
 from train.checkpoint import CheckpointFacts
@@ -31,6 +31,16 @@ def encode_golden(
     return buffer.getvalue()
 
 
+def adaptation_of(facts: CheckpointFacts) -> Adaptation:
+    """What the checkpoint says about its adaptation, in the bundle's words."""
+    return Adaptation(
+        rung=facts.rung,
+        verified=facts.verified,
+        reason=facts.adaptation,
+        labels_used=facts.labels_used,
+    )
+
+
 def make_manifest(
     recipe: Recipe,
     facts: CheckpointFacts,
@@ -45,6 +55,7 @@ def make_manifest(
         version=recipe.export.version,
         labels=facts.classes,
         input=facts.input,
+        adaptation=adaptation_of(facts),
         artifacts=tuple(artifacts),
         files=tuple(
             FileEntry(name=name, sha256=hashlib.sha256(data).hexdigest(), size=len(data))

@@ -67,8 +67,9 @@ def _parser() -> argparse.ArgumentParser:
         "doctor",
         _doctor,
         "describe this machine, and the engine it would choose",
-        "Print what a support engineer asks for first; with a bundle, also the engine that would "
-        "run it and why others were passed over.",
+        "Print what a support engineer asks for first; with a bundle, also what that says about "
+        "itself, whether its adaptation is verified, the engine that would run it and why others "
+        "were passed over.",
         "fieldfit doctor build/solar/bundle --json",
     )
     doctor.add_argument("bundle", type=Path, nargs="?")
@@ -133,6 +134,8 @@ def _classify(options: argparse.Namespace) -> int:
     failed = 0
     with Classifier.open(options.bundle, form=options.require, threads=options.threads) as model:
         print(f"fieldfit: {model.reasons[-1]}", file=sys.stderr)
+        if not model.adaptation.verified:
+            print(f"fieldfit: {model.adaptation}", file=sys.stderr)
         for path in find_images(options.images):
             try:
                 answer = model(path)
@@ -200,6 +203,7 @@ def _verify(options: argparse.Namespace) -> int:
             "name": manifest.name,
             "version": manifest.version,
             "passed": passed,
+            "adaptation": msgspec.to_builtins(manifest.adaptation),
             "files": len(manifest.files) + 1,
             "selftests": [step._asdict() for step in steps],
         }
@@ -210,6 +214,7 @@ def _verify(options: argparse.Namespace) -> int:
             f"{manifest.name} {manifest.version}: {len(manifest.files) + 1} files, {size:,} bytes"
         )
         print("every byte is as the manifest says")
+        print(f"adaptation: {manifest.adaptation}")
         for step in steps:
             print(
                 f"{'ok  ' if step.accepted else 'FAIL'} {step.engine}, {step.form}: {step.reason}"
@@ -223,18 +228,24 @@ def _doctor(options: argparse.Namespace) -> int:
     report: dict[str, object] = dict(doctor.facts())
     failed = False
     if options.bundle is not None:
-        from runtime.classifier import Classifier
+        from runtime.bundle import Bundle
+        from runtime.choose import choose_engine
+        from runtime.classifier import check_runtime
 
         try:
-            with Classifier.open(options.bundle) as model:
-                report["engine"] = str(model.engine)
-                report["reasons"] = model.reasons
+            bundle = Bundle.open(options.bundle)
+            report |= doctor.bundle_facts(bundle)
+            check_runtime(bundle)
+            choice = choose_engine(bundle)
+            report["engine"] = str(choice.engine)
+            report["reasons"] = [str(step) for step in choice.steps]
+            choice.engine.close()
         except FieldfitError as error:
             failed = True
             report["engine"] = "none"
             report["reasons"] = [str(error)]
     if options.json:
-        print(json.dumps(report))
+        print(json.dumps(msgspec.to_builtins(report)))
     else:
         width = max(map(len, report)) + 2
         for name, value in report.items():

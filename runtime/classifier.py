@@ -18,6 +18,7 @@ from runtime import metrics
 from runtime.bundle import Bundle
 from runtime.choose import Choice, choose_engine
 from runtime.errors import BundleError
+from runtime.manifest import Adaptation
 from runtime.preprocess import ImageLike, preprocess_batch
 from runtime.version import __version__
 
@@ -63,13 +64,18 @@ class Classifier:
         it here.
         """
         bundle = Bundle.open(path)
-        _check_runtime(bundle)
+        check_runtime(bundle)
         return cls(bundle, choose_engine(bundle, form=form, threads=threads))
 
     @property
     def reasons(self) -> list[str]:
         """One sentence for each candidate engine, in the order they were tried."""
         return [str(step) for step in self.steps]
+
+    @property
+    def adaptation(self) -> Adaptation:
+        """How the model was adapted to the field, and whether that is verified."""
+        return self.bundle.manifest.adaptation
 
     @overload
     def __call__(self, images: ImageLike) -> Answer: ...  # type: ignore[overload-overlap]
@@ -126,7 +132,8 @@ class Classifier:
         self.close()
 
 
-def _check_runtime(bundle: Bundle) -> None:
+def check_runtime(bundle: Bundle) -> None:
+    """Raises BundleError if ``bundle`` needs a newer fieldfit than this one."""
     needed = bundle.manifest.minimum_runtime
     if _numbers(needed) > _numbers(__version__):
         raise BundleError(

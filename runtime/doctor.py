@@ -1,4 +1,4 @@
-"""What a support engineer asks for first: this machine, its libraries, and what really opens.
+"""What a support engineer asks for first: this machine, its libraries, what opens, the bundle.
 
 It reports; it decides nothing. Every fact is read at the moment of asking.
 """
@@ -9,6 +9,7 @@ import platform
 import sys
 from pathlib import Path
 
+from runtime.bundle import Bundle
 from runtime.version import __version__
 
 LIBRARIES = ("numpy", "pillow", "msgspec", "onnxruntime", "onnxruntime-gpu", "tensorrt")
@@ -31,6 +32,16 @@ def facts() -> dict[str, str]:
         "cuda": _cuda(),
         **{name: _version(name) for name in LIBRARIES},
         "onnxruntime providers": _providers(),
+    }
+
+
+def bundle_facts(bundle: Bundle) -> dict[str, object]:
+    """What ``bundle`` says about itself, under names that ``facts`` does not use."""
+    manifest = bundle.manifest
+    return {
+        "bundle": f"{manifest.name} {manifest.version}",
+        "adaptation": manifest.adaptation,
+        "forms": [artifact.form for artifact in manifest.artifacts],
     }
 
 

@@ -51,6 +51,27 @@ class Quality(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     auc: float | None = None
 
 
+class Adaptation(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How the model was adapted to the field, and whether that was proven there.
+
+    ``str()`` of it is the one wording that every command shows.
+    """
+
+    rung: str
+    """The rung of the ladder that was kept, e.g. ``as is`` or ``fine-tuning``."""
+    verified: bool
+    """Whether enough held-out field labels confirm the choice of the rung."""
+    reason: str
+    """One sentence: what confirms it, or what is missing."""
+    labels_used: Annotated[int, msgspec.Meta(ge=0)]
+    """Labelled field images that training used."""
+
+    def __str__(self) -> str:
+        labels = "1 field label" if self.labels_used == 1 else f"{self.labels_used} field labels"
+        mark = "verified" if self.verified else "UNVERIFIED"
+        return f"{self.rung} ({labels}), {mark}: {self.reason}"
+
+
 class Artifact(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One form of the model that passed the gate."""
 
@@ -70,6 +91,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     labels: tuple[str, ...]
     """In the order of the logits."""
     input: InputSpec
+    adaptation: Adaptation
     artifacts: tuple[Artifact, ...]
     files: tuple[FileEntry, ...]
     """Every file of the bundle but the manifest itself."""

@@ -17,7 +17,9 @@ from runtime.errors import EngineError
 HEIGHT, WIDTH, CHANNELS = 6, 5, 3
 
 
-def tiny_model(*, input_name: str = "image", height: int | str = HEIGHT) -> onnx.ModelProto:
+def tiny_model(
+    *, input_name: str = "image", size: tuple[int | str, int] = (HEIGHT, WIDTH)
+) -> onnx.ModelProto:
     """Cast, Transpose, Mul, Add, GlobalAveragePool, Flatten, Gemm: the contract without a CNN."""
     random = np.random.default_rng(0)
     constants = {
@@ -35,7 +37,7 @@ def tiny_model(*, input_name: str = "image", height: int | str = HEIGHT) -> onnx
         helper.make_node("Flatten", ["pooled"], ["features"]),
         helper.make_node("Gemm", ["features", "weight", "bias"], ["logits"], transB=1),
     ]
-    shape = ["N", height, WIDTH, CHANNELS]
+    shape = ["N", *size, CHANNELS]
     graph = helper.make_graph(
         nodes,
         "tiny",
@@ -209,7 +211,7 @@ def test_a_nearly_dead_channel_keeps_its_bias() -> None:
     ("other", "words"),
     [
         (tiny_model(input_name="pixels"), r"one input image, uint8 \[N, H, W, C\], got \[\('pix"),
-        (tiny_model(height="H"), "only the batch axis may be dynamic"),
+        (tiny_model(size=("H", WIDTH)), "only the batch axis may be dynamic"),
     ],
     ids=["input name", "dynamic height"],
 )

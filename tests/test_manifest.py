@@ -11,6 +11,7 @@ from runtime.manifest import (
     FORMAT,
     MAX_FILES,
     MAX_MANIFEST_BYTES,
+    Adaptation,
     Artifact,
     FileEntry,
     Manifest,
@@ -33,6 +34,9 @@ MANIFEST = Manifest(
     version="1.2.0",
     labels=("defective", "functional"),
     input=InputSpec(size=(96, 96), channels=1),
+    adaptation=Adaptation(
+        rung="fine-tuning", verified=True, reason="AUC up by 0.12", labels_used=200
+    ),
     artifacts=(
         Artifact(form="fp32", file="fp32.onnx", quality=QUALITY),
         Artifact(form="int8", file="int8.onnx", quality=QUALITY, relative_speed=1.7),
@@ -133,6 +137,7 @@ def test_deep_nesting_is_refused() -> None:
         ({"temperature": float("nan")}, "temperature"),
         ({"abstain_below": 1.5}, "<= 1"),
         ({"recipe_sha256": "x"}, "regex"),
+        ({"adaptation": msgspec.structs.replace(MANIFEST.adaptation, labels_used=-1)}, ">= 0"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else value,
 )
