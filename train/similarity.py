@@ -5,7 +5,7 @@ did where that was right, and answer alike for an image and its degraded twin. I
 knows no network, no file, and not what the gate between rungs makes of the figures.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -314,3 +314,244 @@ def _draw(features: metrics.Floats, most: int, random: np.random.Generator) -> F
 
 def _known(value: float) -> float | None:
     return None if np.isnan(value) else value
+
+
+class Line(NamedTuple):
+    """One line of the table: a measure of every model."""
+
+    name: str
+    read: Callable[[Similarity], float | None]
+    form: str
+    """Format of a value, as in f-strings."""
+    meaning: str
+
+
+LINES = (
+    Line(
+        "source AUC",
+        lambda model: model.source_auc,
+        ".3f",
+        "how well clean images are still ranked; what is lost against the source model is "
+        "forgotten",
+    ),
+    Line(
+        "source balanced accuracy",
+        lambda model: model.source_balanced_accuracy,
+        ".3f",
+        "mean recall of the classes on clean images, at the threshold that ships",
+    ),
+    Line(
+        "source accuracy",
+        lambda model: model.source_accuracy,
+        ".3f",
+        "share of clean images that are right; the common class weighs most",
+    ),
+    Line(
+        "agreement",
+        lambda model: model.agreement,
+        ".1%",
+        "share of clean images with the source model's answer, right or wrong",
+    ),
+    Line(
+        "negative flips",
+        lambda model: model.negative_flips,
+        ".1%",
+        "clean images that were right before and are wrong now: what a user notices",
+    ),
+    Line(
+        "churn",
+        lambda model: model.churn,
+        ".1%",
+        "clean images whose answer is another one, for better or worse",
+    ),
+    Line(
+        "CKA, source",
+        lambda model: model.cka,
+        ".3f",
+        "likeness of the features to the source model's on clean images; 1 is the same up to "
+        "rotation and scale; it does not see a changed head",
+    ),
+    Line("CKA, field", lambda model: model.target_cka, ".3f", "the same on field images"),
+    Line(
+        "twin agreement",
+        lambda model: model.twin_agreement,
+        ".1%",
+        "degraded twins that get the answer of their clean image: a blurry machine is still the "
+        "same machine",
+    ),
+    Line(
+        "twin Δp",
+        lambda model: model.twin_change,
+        ".3f",
+        "how far probabilities move from an image to its degraded twin, on average",
+    ),
+    Line(
+        "mCE",
+        lambda model: model.mean_corruption_error,
+        ".3f",
+        "error on degraded source images in units of the source model's: below 1 is more robust",
+    ),
+    Line(
+        "largest class, source",
+        lambda model: _largest(model, "source"),
+        ".1%",
+        "share of clean images in the class that is predicted most",
+    ),
+    Line(
+        "largest class, field",
+        lambda model: _largest(model, "target"),
+        ".1%",
+        "the same on field images; near 100 % the model has stopped looking",
+    ),
+    Line(
+        "PAD (diagnostic)",
+        lambda model: model.proxy_a_distance,
+        ".2f",
+        "proxy A-distance: 0 if a linear classifier cannot tell source from field features, 2 if "
+        "it always can",
+    ),
+    Line(
+        "MMD² (diagnostic)",
+        lambda model: model.mmd2,
+        ".4f",
+        "distance between the distributions of source and field features; 0 is none, and chance "
+        "can take it a little below",
+    ),
+    Line(
+        "field labels used",
+        lambda model: model.labels_used,
+        ".0f",
+        "labelled field images that the model has learned from",
+    ),
+    Line("seconds", lambda model: model.seconds, ".1f", "time that it took to make the model"),
+)
+
+DIAGNOSTICS = (
+    "PAD and MMD² say how far apart the domains are for the network. They are diagnostics, not "
+    "success: they can fall while the field score falls too, and stay high while it rises. Nothing "
+    "is chosen by them."
+)
+
+
+def rows(
+    before: Similarity, after: Sequence[tuple[str, Similarity]]
+) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the table of the source model, ``before``, and of all rungs by name.
+
+    One row for each measure, one column for each model; "–" where it cannot be known.
+    """
+    columns = ["measure", "source model", *(name for name, _ in after)]
+    models = [before, *(similarity for _, similarity in after)]
+    return columns, [[line.name, *(_cell(line, model) for model in models)] for line in LINES]
+
+
+def warnings(after: Sequence[tuple[str, Similarity]]) -> list[str]:
+    """Sentences about rungs whose figures contradict each other."""
+    found = []
+    for name, model in after:
+        if model.cka is not None and model.agreement is not None:
+            figures = f"CKA {model.cka:.3f}, agreement {model.agreement:.1%}"
+            if model.cka >= SIMILAR_CKA and model.agreement < DIFFERENT_AGREEMENT:
+                found.append(
+                    f"{name}: {figures}. Its features look unchanged but its answers are not: CKA "
+                    "does not show what was forgotten. Trust agreement and negative flips."
+                )
+            if model.cka < DIFFERENT_CKA and model.agreement >= SAME_AGREEMENT:
+                found.append(
+                    f"{name}: {figures}. Its answers are the source model's, but it finds them by "
+                    "other features: images unlike these may get other answers."
+                )
+        largest = _largest(model, "target")
+        if largest is not None and largest > ONE_CLASS:
+            found.append(
+                f"{name}: puts {largest:.1%} of field images into one class. Unless they are that "
+                "one-sided, agreement between twins proves nothing."
+            )
+    return found
+
+
+def markdown(
+    name: str,
+    classes: Sequence[str],
+    before: Similarity,
+    after: Sequence[tuple[str, Similarity]],
+) -> str:
+    """The whole report on recipe ``name`` in Markdown: tables, what each figure says, warnings.
+
+    ``classes`` are the names in the order of the logits.
+    """
+    models = [("source model", before), *after]
+    parts = [f"# {name}: what adaptation changed", _rests_on(before), _grid(*rows(before, after))]
+    found = warnings([("the source model", before), *after])
+    if found:
+        parts += ["## Warnings", "\n".join(f"- {sentence}" for sentence in found)]
+    meanings = [f"- **{line.name}**: {line.meaning}." for line in LINES]
+    parts += ["## What the figures say", "\n".join(meanings), DIAGNOSTICS]
+    parts += _robustness_words(models) + _rates_words(classes, models)
+    return "\n\n".join(parts) + "\n"
+
+
+def _rests_on(before: Similarity) -> str:
+    words = {
+        "source": "clean test images",
+        "target": "field images",
+        "sweep": "of the clean ones degraded in every way",
+    }
+    counts = [f"{before.images[key]} {word}" for key, word in words.items() if key in before.images]
+    text = f"Measured on {', '.join(counts)}." if counts else "There were no images to measure on."
+    if "source" in before.images:
+        return f"{text} One clean image more or less is {1 / before.images['source']:.2%}."
+    return f"{text} Without source images, what was forgotten cannot be measured."
+
+
+def _robustness_words(models: Sequence[tuple[str, Similarity]]) -> list[str]:
+    _, before = models[0]
+    if before.errors is None:
+        return []
+    robust = [
+        (name, model.corruption_errors, model.errors)
+        for name, model in models
+        if model.corruption_errors is not None and model.errors is not None
+    ]
+    columns = ["degradation", *(name for name, _, _ in robust)]
+    relative = [[kind, *(f"{ce[kind]:.3f}" for _, ce, _ in robust)] for kind in before.errors]
+    raw = [
+        [kind, *(" ".join(f"{error:.0%}" for error in errors[kind]) for _, _, errors in robust)]
+        for kind in before.errors
+    ]
+    return [
+        "## Robustness",
+        "Corruption error: error over all severities divided by the source model's (where that is "
+        "0, half an error is added to both).",
+        _grid(columns, relative),
+        "Error at severities 1 to 5:",
+        _grid(columns, raw),
+    ]
+
+
+def _rates_words(classes: Sequence[str], models: Sequence[tuple[str, Similarity]]) -> list[str]:
+    domains = [(key, word) for key, word in (("source", "source"), ("target", "field"))]
+    lines = [
+        [f"{label}, {word}", *(f"{model.predicted_rates[key][index]:.1%}" for _, model in models)]
+        for key, word in domains
+        if all(key in model.predicted_rates for _, model in models)
+        for index, label in enumerate(classes)
+    ]
+    if not lines:
+        return []
+    return ["## Predicted classes", _grid(["share", *(name for name, _ in models)], lines)]
+
+
+def _largest(model: Similarity, domain: str) -> float | None:
+    return max(model.predicted_rates[domain]) if domain in model.predicted_rates else None
+
+
+def _cell(line: Line, model: Similarity) -> str:
+    value = line.read(model)
+    return "–" if value is None else format(value, line.form)
+
+
+def _grid(columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    ruled = [columns, ["---", *["---:"] * (len(columns) - 1)], *lines]
+    # A bar inside a cell would begin a new one.
+    return "\n".join(f"| {' | '.join(c.replace('|', '/') for c in cells)} |" for cells in ruled)
