@@ -61,8 +61,8 @@ class DataSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """The field domain, in the same forms, or ``simulated``: half of the source's images as
     simulated field photos. Without one, the source is the field and nothing is adapted."""
     labels: Annotated[int, msgspec.Meta(ge=0)] | None = None
-    """Labelled images of the target's training split that training may use, drawn evenly from the
-    classes; the others count as unlabelled. None uses all, 0 none."""
+    """Labelled images of the target's training split that training may use, every class by its
+    share; the others count as unlabelled. 0 uses none, none given uses all."""
     splits: Splits = Splits()
     """How each domain is divided; see below."""
     limit: Annotated[int, msgspec.Meta(ge=0)] = 0

@@ -1,7 +1,8 @@
 """``python -m train RECIPE``: adapt a model to field images.
 
-Leaves ``build/NAME/train/``: checkpoint.safetensors, training.json, images.json and a TensorBoard
-log. Ctrl-C saves the state; the same command goes on from it.
+Leaves ``build/NAME/train/``: checkpoint.safetensors, training.json, images.json, similarity.md,
+pictures and a TensorBoard log. Ctrl-C saves the state; the same command goes on from it.
+``python -m train degradations IMAGE`` draws every field degradation of an image.
 """
 
 import argparse
@@ -16,23 +17,43 @@ from runtime.command import run_command
 if TYPE_CHECKING:
     from train.record import Training
 
+DEGRADATIONS = "degradations"
+
+INTERRUPTED = "interrupted; the same command goes on from here"
+
 
 def main(argv: list[str] | None = None) -> int:
-    """Train by the recipe and return the exit code."""
+    """Train by the recipe, or draw degradations, and return the exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == [DEGRADATIONS]:
+        return _degradations(words[1:])
     parser = argparse.ArgumentParser(
         prog="python -m train",
-        description="Adapt a model to field images: fit a head on frozen features, then fine-tune "
-        "at a low rate, keep what validates best.",
-        epilog="Example: python -m train train/recipes/solar.toml",
+        description="Adapt a model to field images, climbing only as far as the data asks for: "
+        "move the threshold, fit the head on frozen features, fine-tune at a low rate, adapt "
+        "adversarially. A rung is kept if held-out field images prove it better and the source "
+        "model's knowledge is still there.",
+        epilog="Examples: python -m train train/recipes/solar.toml; on two GPUs: torchrun "
+        "--nproc-per-node 2 -m train RECIPE; every field degradation of an image: python -m train "
+        "degradations IMAGE",
     )
     parser.add_argument("recipe", type=Path, help="the TOML file with the whole configuration")
     parser.add_argument("--json", action="store_true", help="print training.json at the end")
-    options = parser.parse_args(argv)
-    return run_command(
-        "train",
-        lambda: _run(options),
-        interrupted="interrupted; the same command goes on from here",
+    options = parser.parse_args(words)
+    return run_command("train", lambda: _run(options), interrupted=INTERRUPTED)
+
+
+def _degradations(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m train {DEGRADATIONS}",
+        description="Draw one image in every field degradation at every severity.",
+        epilog="Example: python -m train degradations cell0001.png --out sheet.png",
     )
+    from train import contact_sheet
+
+    contact_sheet.add_arguments(parser)
+    options = parser.parse_args(words)
+    return run_command("train", lambda: contact_sheet.run(options))
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -41,22 +62,26 @@ def _run(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe)  # before torch, whose import takes seconds
     import msgspec
 
-    from train import console
+    from train import console, distributed
     from train.domains import ELPV_LICENCE
     from train.pipeline import train
 
     # Warnings of other packages' internals are nothing that a user of ours can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|timm)\.")
-    if is_embedded(recipe.data.source) or is_embedded(recipe.data.target or ""):
-        console.say(ELPV_LICENCE)
-    training, done = train(recipe)
+    with distributed.session():
+        if is_embedded(recipe.data.source) or is_embedded(recipe.data.target):
+            console.say(ELPV_LICENCE)
+        training, done = train(recipe)
+        if not distributed.main():
+            return 0
     _show(training)
     if not done:
         console.say("nothing to do: this recipe and these images are trained already")
     if options.json:
         print(json.dumps(msgspec.to_builtins(training)))
-    done_words = "wrote" if done else "see"
-    console.say(f"{done_words} {recipe.build / 'train'}; next: make export RECIPE={options.recipe}")
+    folder = recipe.build / "train"
+    console.say(f"{'wrote' if done else 'see'} {folder}: training.json, similarity.md, pictures")
+    console.say(f"next: make export RECIPE={options.recipe}")
     return 0
 
 
@@ -69,19 +94,21 @@ def _show(training: "Training") -> None:
         for domain in ("target", "source")
         if f"{domain}-test" in first and first[f"{domain}-test"].labelled
     ]
-    columns = ["rung", f"decided on {training.decided_on}"]
+    columns = ["rung"]
     for domain in domains:
-        columns += [f"{domain} test accuracy", "AUC"]
+        columns += [f"{domain} accuracy", "balanced", "AUC"]
     rows = []
     for rung in training.rungs:
-        row = [f"{rung.name} (kept)" if rung.kept else rung.name, f"{rung.value:.4f}"]
+        row = [f"{rung.name} (kept)" if rung.kept else rung.name]
         for domain in domains:
             scores = rung.scores[f"{domain}-test"]
-            row += [_number(scores.accuracy), _number(scores.auc)]
+            row += [_number(v) for v in (scores.accuracy, scores.balanced_accuracy, scores.auc)]
         rows.append([*row, f"{rung.seconds:.0f} s"])
-    title = "rungs (test figures are for the record, no choice sees them)"
+    title = "test images (for the record, no choice sees them)"
     console.table(title, [*columns, "time"], rows)
-    console.say(f"kept {training.rung}: {training.reason}")
+    mark = "" if training.verified else ", UNVERIFIED"
+    console.say(f"kept {training.rung}{mark}: {training.reason}")
+    console.say(f"the ladder ended: {training.ended}")
 
 
 def _number(value: float | None) -> str:

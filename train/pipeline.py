@@ -1,42 +1,36 @@
-"""The order of training's steps: images, features, head, fine-tuning, and which rung is kept.
+"""The order of training's steps: images, source model, ladder, checkpoint, record, report.
 
-Every rung is scored on validation images and the best is kept; log-loss decides a tie. Test
-images are scored for the record only: no choice ever sees them.
+It composes; what is tried and kept is decided in train/ladder. Test images are scored for the
+record only: no choice ever sees them.
 """
 
-import hashlib
 import platform
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from runtime import atomic, metrics
-from runtime.dataset import Dataset, Domain, Split, write_dataset
-from runtime.errors import DataError
+from runtime.dataset import Dataset, Split, write_dataset
 from runtime.recipe import Recipe
 from runtime.version import __version__
-from train import console
+from train import console, distributed
+from train.bring import classes_of
 from train.checkpoint import CheckpointFacts, write_checkpoint
 from train.data import prepare
-from train.device import Device, choose_device
+from train.device import choose_device
 from train.domains import Track
-from train.evaluate import score
-from train.features import cached_features, predict
-from train.finetune import Epoch, fine_tune
-from train.head import fit_head, log_loss
-from train.model import ImageClassifier, build_model
-from train.pixels import load_pixels
-from train.record import Rung, Training, finished, rank, training_key, why_dropped, why_kept
-from train.watch import Watched
+from train.evaluate import Scores, portrait, score, sweep_rows
+from train.ladder import Candidate, Climb, Ladder, Tried
+from train.material import CACHE, Material
+from train.record import Rung, Skipped, Training, finished, training_key
+from train.report import ClimbTable, write_report
+from train.similarity import Similarity, measure
+from train.source import SourceRecord, source_model
 
-Floats = npt.NDArray[np.float32]
-Ints = npt.NDArray[np.int64]
-CACHE = Path("build") / "cache"
+__all__ = ["CACHE", "train"]
 
 
 def train(recipe: Recipe) -> tuple[Training, bool]:
@@ -47,49 +41,78 @@ def train(recipe: Recipe) -> tuple[Training, bool]:
     """
     start = time.monotonic()
     folder = recipe.build / "train"
-    dataset = prepare(recipe, cache=CACHE, track=_track("reading images"))
-    write_dataset(folder / "images.json", dataset)
+    with distributed.main_first():  # the others find its caches
+        dataset = prepare(
+            recipe, cache=CACHE, known=_known_classes(recipe), track=_track("reading images"),
+            draw=_track("simulating field photos"),
+        )  # fmt: skip
+    if distributed.main():
+        write_dataset(folder / "images.json", dataset)
     _describe(dataset)
     key = training_key(recipe, dataset)
     if (done := finished(folder, key)) is not None:
         return done, False
-    job = _Job(recipe, dataset, choose_device(), folder, key)
-    rungs = job.climb()
-    best = max(range(len(rungs)), key=lambda index: (*rank(rungs[index][0]), -index))
-    chosen, model = rungs[best]
-    reason = why_kept(chosen, [rung for rung, _ in rungs], recipe.train.metric, job.decided_on)
-    temperature = job.temperature(model)
+    device = choose_device()
+    console.say(f"training on {device.reason}")
+    torch.manual_seed(recipe.seed)  # weights = "random"
+    material = Material(recipe, dataset, device, folder, key)
+    source, made = source_model(material)
+    climb = Ladder(material, source, made.seconds, ClimbTable(recipe.train.metric)).climb()
+    training = _record(material, made, climb, start)
+    if distributed.main():
+        training = _write(material, climb, training)
+    distributed.barrier()
+    return training, True
+
+
+def _known_classes(recipe: Recipe) -> tuple[str, ...]:
+    """Those of a brought checkpoint, () without one: the data's classes must be among them."""
+    return () if recipe.source.checkpoint is None else classes_of(recipe.source)
+
+
+def _write(material: Material, climb: Climb, training: Training) -> Training:
+    """Checkpoint first: a record without it would be a lie."""
+    folder = material.folder
     facts = CheckpointFacts(
+        name=training.name, classes=material.dataset.classes, model=material.recipe.model,
+        input=material.recipe.input, recipe_sha256=training.recipe_sha256,
+        dataset_sha256=training.dataset_sha256, rung=training.rung,
+        temperature=training.temperature, verified=training.verified, adaptation=training.reason,
+        labels_used=training.labels_used,
+    )  # fmt: skip
+    digest = write_checkpoint(folder / "checkpoint.safetensors", climb.kept.model, facts)
+    training = msgspec.structs.replace(training, checkpoint_sha256=digest)
+    write_report(folder, training, material.dataset.classes)
+    data = msgspec.json.format(msgspec.json.encode(training), indent=1)
+    atomic.write_bytes(folder / "training.json", data)
+    for left in (*folder.glob("resume-*.safetensors"), *folder.glob("rung-*.safetensors")):
+        left.unlink()
+    return training
+
+
+def _record(material: Material, made: SourceRecord, climb: Climb, start: float) -> Training:
+    recipe, dataset = material.recipe, material.dataset
+    first = climb.tried[0].candidate
+    return Training(
         name=recipe.name,
-        classes=dataset.classes,
-        model=recipe.model,
-        input=recipe.input,
-        recipe_sha256=recipe.sha256,
-        dataset_sha256=dataset.sha256,
-        rung=chosen.name,
-        temperature=temperature,
-    )
-    digest = write_checkpoint(folder / "checkpoint.safetensors", model, facts)
-    training = Training(
-        name=recipe.name,
-        key=key,
-        rungs=tuple(
-            msgspec.structs.replace(
-                rung,
-                kept=rung is chosen,
-                reason=reason if rung is chosen else why_dropped(rung, chosen, recipe.train.metric),
-            )
-            for rung, _ in rungs
-        ),
-        rung=chosen.name,
-        reason=reason,
-        decided_on=job.decided_on,
-        temperature=temperature,
-        checkpoint_sha256=digest,
+        key=material.key,
+        metric=recipe.train.metric,
+        source=made,
+        rungs=tuple(_rung(material, tried, first, climb) for tried in climb.tried),
+        skipped=tuple(Skipped(name=s.name, rung=s.rung, reason=s.reason) for s in climb.skipped),
+        rung=climb.kept.name,
+        verified=climb.verified,
+        reason=climb.reason,
+        ended=climb.ended,
+        labels_used=material.labels_used,
+        labels_held_out=len(material.rows("target", "validation", labelled=True)),
+        temperature=_temperature(material, climb.kept),
+        checkpoint_sha256="",
         recipe_sha256=recipe.sha256,
         dataset_sha256=dataset.sha256,
         images=_counts(dataset),
-        device=job.device.reason,
+        device=material.device.reason,
+        processes=distributed.size(),
         seconds=time.monotonic() - start,
         versions={
             "fieldfit": __version__,
@@ -97,186 +120,54 @@ def train(recipe: Recipe) -> tuple[Training, bool]:
             "torch": str(torch.__version__),
         },
     )
-    data = msgspec.json.format(msgspec.json.encode(training), indent=1)
-    atomic.write_bytes(folder / "training.json", data)
-    (folder / "resume.safetensors").unlink(missing_ok=True)
-    return training, True
 
 
-class _Job:
-    """One run: the arrays that every rung shares."""
+def _rung(material: Material, tried: Tried, first: Candidate, climb: Climb) -> Rung:
+    candidate, verdict = tried
+    reason = "the source model" if verdict is None else verdict.reason
+    return Rung(
+        name=candidate.name,
+        rung=candidate.rung,
+        kept=candidate is climb.kept,
+        passed=verdict is not None and verdict.passed,
+        reason=climb.reason if candidate is climb.kept else reason,
+        verdict=verdict,
+        scores=scores_of(material, candidate),
+        similarity=_similarity(material, candidate, first),
+        details=candidate.details,
+        seconds=candidate.seconds,
+    )
 
-    def __init__(
-        self, recipe: Recipe, dataset: Dataset, device: Device, folder: Path, key: str
-    ) -> None:
-        self.recipe, self.dataset, self.device = recipe, dataset, device
-        self.folder, self.key = folder, key
-        console.say(f"training on {device.reason}")
-        torch.manual_seed(recipe.seed)  # weights = "random"
-        self.model = build_model(recipe.model, recipe.input, len(dataset.classes))
-        self.examples = dataset.examples
-        self.labels = np.array([dataset.label_index(e) for e in self.examples], dtype=np.int64)
-        self.pixels = load_pixels(
-            self.examples, recipe.input, CACHE, lambda i, n: console.track(i, "decoding images", n)
-        )
-        self.deciding = self._deciding()
-        example = self.examples[self.deciding[0]]
-        self.decided_on = f"{example.domain} {example.split}"
 
-    def climb(self) -> list[tuple[Rung, ImageClassifier]]:
-        """Every rung up to the recipe's strategy, with the model it made."""
-        features = self._features()
-        rungs = []
-        if self.dataset.field == "target":
-            rungs.append(self._head_rung("as is", features, ("source",)))
-        rungs.append(self._head_rung("feature extraction", features, ("source", "target")))
-        if self.recipe.train.strategy == "fine-tuning":
-            rungs.append(self._fine_tuning(rungs[-1][1]))
-        return rungs
+def scores_of(material: Material, candidate: Candidate) -> dict[str, Scores]:
+    """By ``DOMAIN-SPLIT``, at the threshold that ships."""
+    return {
+        view: score(candidate.head.logits(candidate.seen.views[view]), material.labels[rows])
+        for view, rows in material.views.items()
+    }
 
-    def temperature(self, model: ImageClassifier) -> float:
-        """Fitted on the images that decide."""
-        rows = self.deciding
-        logits = predict(model, self.pixels, self.device, rows=rows)
-        return metrics.fit_temperature(logits, self.labels[rows])
 
-    def _rows(self, domains: Sequence[str], split: Split, *, labelled: bool = False) -> Ints:
-        return np.array(
-            [
-                index
-                for index, e in enumerate(self.examples)
-                if e.domain in domains and e.split == split and (e.label or not labelled)
-            ],
-            dtype=np.int64,
-        )
+def _similarity(material: Material, candidate: Candidate, first: Candidate) -> Similarity:
+    before, after = (portrait(c.seen, c.swept, c.head) for c in (first, candidate))
+    rows = material.rows("source", "test")
+    return measure(
+        before, after,
+        source_labels=material.labels[rows] if len(rows) else None,
+        sweep_labels=material.labels[sweep_rows(material)],
+        labels_used=material.labels_used if candidate.rung else 0,
+        seconds=candidate.seconds, seed=material.recipe.seed,
+    )  # fmt: skip
 
-    def _deciding(self) -> Ints:
-        """Labelled validation images of the field; of the source where the field has too few."""
-        for domain in (self.dataset.field, "source"):
-            rows = self._rows([domain], "validation", labelled=True)
-            if len(set(self.labels[rows].tolist())) > 1:
-                return rows
-        raise DataError(
-            "the validation split has labelled images of fewer than two classes; add images or "
-            "raise validation in [data.splits]"
-        )
 
-    def _features(self) -> Floats:
-        digest = hashlib.sha256(msgspec.json.encode(self.recipe.input))
-        for example in self.examples:
-            digest.update(example.sha256.encode())
-        features = cached_features(
-            self.model, self.pixels, digest.hexdigest(), CACHE, self.device,
-            lambda i, n: console.track(i, "features of the frozen backbone", n),
-        )  # fmt: skip
-        self.model.to("cpu")
-        return features
-
-    def _weights(self, rows: Ints) -> Floats:
-        """Sample weights of mean 1 that give each domain the same total weight."""
-        domains = np.array([self.examples[row].domain for row in rows])
-        weights = np.ones(len(rows), dtype=np.float32)
-        names = np.unique(domains)
-        for name in names:
-            weights[domains == name] = len(rows) / (len(names) * np.sum(domains == name))
-        return weights
-
-    def _head_rung(
-        self, name: str, features: Floats, domains: Sequence[Domain]
-    ) -> tuple[Rung, ImageClassifier]:
-        start = time.monotonic()
-        settings = self.recipe.train
-        rows = self._rows(domains, "train", labelled=True)
-        # "As is" must not profit from field labels, not even by its penalty.
-        deciding = self._rows(domains, "validation", labelled=True)
-        deciding = self.deciding if "target" in domains and len(self.deciding) else deciding
-        best: tuple[float, float, Floats, Floats] | None = None
-        with console.progress() as bar:
-            for l2 in settings.head_l2:
-                task = bar.add_task(f"{name}: head, l2 {l2:g}", total=settings.head_epochs, note="")
-                weight, bias = fit_head(
-                    features[rows], self.labels[rows], self._weights(rows),
-                    classes=len(self.dataset.classes), l2=l2, epochs=settings.head_epochs,
-                    report=lambda epoch, loss, task=task: bar.update(  # type: ignore[misc]
-                        task, completed=epoch, note=f"loss {loss:.4f}"
-                    ),
-                )  # fmt: skip
-                loss = log_loss(features[deciding] @ weight.T + bias, self.labels[deciding])
-                if best is None or loss < best[0]:
-                    best = loss, l2, weight, bias
-        assert best is not None
-        _, l2, weight, bias = best
-        model = build_model(
-            msgspec.structs.replace(self.recipe.model, weights="random"),
-            self.recipe.input,
-            len(self.dataset.classes),
-        )
-        model.backbone.load_state_dict(self.model.backbone.state_dict())
-        with torch.no_grad():
-            model.head.weight.copy_(torch.from_numpy(weight))
-            model.head.bias.copy_(torch.from_numpy(bias))
-        rung = self._rung(name, features @ weight.T + bias, start, l2=l2)
-        return rung, model
-
-    def _fine_tuning(self, model: ImageClassifier) -> tuple[Rung, ImageClassifier]:
-        start = time.monotonic()
-        settings = self.recipe.train
-        rows = self._rows(("source", "target"), "train", labelled=True)
-        tuned = build_model(
-            msgspec.structs.replace(self.recipe.model, weights="random"),
-            self.recipe.input,
-            len(self.dataset.classes),
-        )
-        tuned.load_state_dict(model.state_dict())
-
-        def validate(model: ImageClassifier) -> float:
-            logits = predict(model, self.pixels, self.device, rows=self.deciding)
-            return score(logits, self.labels[self.deciding]).metric(settings.metric)
-
-        with Watched(
-            "fine-tuning", settings.metric, self.folder / "tensorboard" / self.key[:8]
-        ) as watch:
-            history = fine_tune(
-                tuned, self.pixels, rows, self.labels[rows], self._weights(rows),
-                settings=settings, seed=self.recipe.seed, key=self.key,
-                state_path=self.folder / "resume.safetensors", device=self.device,
-                validate=validate, watch=watch,
-            )  # fmt: skip
-        logits = predict(
-            tuned, self.pixels, self.device, lambda i, n: console.track(i, "scoring", n)
-        )
-        tuned.to("cpu")
-        return self._rung("fine-tuning", logits, start, history=tuple(history)), tuned
-
-    def _rung(
-        self,
-        name: str,
-        logits: Floats,
-        start: float,
-        *,
-        l2: float | None = None,
-        history: tuple[Epoch, ...] = (),
-    ) -> Rung:
-        scores = {}
-        for domain in sorted({e.domain for e in self.examples}):
-            for split in ("validation", "test"):
-                rows = self._rows([domain], split)
-                scores[f"{domain}-{split}"] = score(logits[rows], self.labels[rows])
-        value = score(logits[self.deciding], self.labels[self.deciding])
-        rung = Rung(
-            name=name,
-            scores=scores,
-            value=value.metric(self.recipe.train.metric),
-            log_loss=log_loss(logits[self.deciding], self.labels[self.deciding]),
-            seconds=time.monotonic() - start,
-            l2=l2,
-            history=history,
-        )
-        console.say(
-            f"{name}: {self.recipe.train.metric} {rung.value:.4f} on {self.decided_on} images, "
-            f"{rung.seconds:.0f} s"
-        )
-        return rung
+def _temperature(material: Material, kept: Candidate) -> float:
+    """Fitted on validation images of the field, or of the source where those have no labels."""
+    for domain in (material.dataset.field, "source"):
+        rows = material.rows(domain, "validation")
+        labels = material.labels[rows]
+        if len(np.unique(labels[labels >= 0])) > 1:
+            logits = kept.head.logits(kept.seen.views[f"{domain}-validation"])
+            return metrics.fit_temperature(logits, labels)
+    return 1.0
 
 
 def _track(label: str) -> Track:

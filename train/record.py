@@ -1,36 +1,49 @@
-"""``training.json``: every rung that was tried, its scores, and why it was kept or dropped.
+"""``training.json``: every rung that was tried, what it scored, and why it was kept or dropped.
 
-It holds what was found and words the reasons; the choice is made in train/pipeline.
+It holds what was found; decisions are made in train/ladder and train/gate.
 """
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
 from runtime.dataset import Dataset
-from runtime.recipe import Recipe
+from runtime.recipe import Metric, Recipe
 from runtime.version import __version__
 from train.evaluate import Scores
-from train.finetune import Epoch
+from train.gate import Verdict
+from train.rungs import Details
+from train.similarity import Similarity
+from train.source import SourceRecord
 
 
 class Rung(msgspec.Struct, frozen=True, kw_only=True):
-    """One strategy that was tried, what it scored and what became of it."""
+    """One candidate: what it scored and what became of it."""
 
     name: str
+    rung: int
+    """0 as is and recalibration, 1 feature extraction, 2 fine-tuning, 3 adversarial."""
+    kept: bool
+    """Whether it is the checkpoint."""
+    passed: bool
+    """Whether it replaced what was kept before it."""
+    reason: str
+    verdict: Verdict | None
+    """None for the source model as it is, which proves nothing."""
     scores: dict[str, Scores]
     """By ``DOMAIN-SPLIT``; validation decides, test is for the record."""
-    value: float
-    """The recipe's metric on the images that decide."""
-    log_loss: float
-    """On the same images; decides between rungs of equal value."""
+    similarity: Similarity | None
+    details: Details
     seconds: float
-    l2: float | None = None
-    history: tuple[Epoch, ...] = ()
-    kept: bool = False
-    reason: str = ""
+
+
+class Skipped(msgspec.Struct, frozen=True, kw_only=True):
+    """A rung that was not tried, and why."""
+
+    name: str
+    rung: int
+    reason: str
 
 
 class Training(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,25 +52,40 @@ class Training(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     key: str
     """Digest of what the result depends on; the same key means nothing needs to be done."""
+    metric: Metric
+    source: SourceRecord
     rungs: tuple[Rung, ...]
+    skipped: tuple[Skipped, ...]
     rung: str
+    """The one that is the checkpoint."""
+    verified: bool
+    """False: fewer labelled field images than the recipe demands stood behind it."""
     reason: str
-    decided_on: str
+    ended: str
+    """Why the ladder was not climbed further."""
+    labels_used: int
+    """Labelled field images that training learned from."""
+    labels_held_out: int
+    """Labelled field images that decided and judged."""
     temperature: float
     checkpoint_sha256: str
     recipe_sha256: str
     dataset_sha256: str
     images: dict[str, int]
     device: str
+    processes: int
     seconds: float
     versions: dict[str, str]
 
 
 def training_key(recipe: Recipe, dataset: Dataset) -> str:
-    """Digest of all that decides the result: settings, images, and a weights file's content."""
-    weights = Path(recipe.model.weights)
-    start = hashlib.sha256(weights.read_bytes()).hexdigest() if weights.is_file() else ""
-    parts = (recipe.seed, recipe.input, recipe.model, recipe.train, dataset.field, __version__)
+    """Digest of all that decides the result: settings, images, and the content of model files."""
+    files = [Path(recipe.model.weights), Path(recipe.source.checkpoint or "")]
+    start = [hashlib.sha256(f.read_bytes()).hexdigest() for f in files if f.is_file()]
+    parts = (
+        recipe.seed, recipe.input, recipe.model, recipe.source, recipe.train, recipe.data.labels,
+        dataset.field, __version__,
+    )  # fmt: skip
     return hashlib.sha256(msgspec.json.encode([parts, start, dataset.sha256])).hexdigest()
 
 
@@ -70,30 +98,3 @@ def finished(folder: Path, key: str) -> Training | None:
         return None
     whole = hashlib.sha256(checkpoint).hexdigest() == training.checkpoint_sha256
     return training if whole and training.key == key else None
-
-
-def rank(rung: Rung) -> tuple[float, float]:
-    """By the recipe's metric, then by log-loss: small sets of images tie easily."""
-    return rung.value, -rung.log_loss
-
-
-def why_kept(chosen: Rung, rungs: Sequence[Rung], metric: str, decided_on: str) -> str:
-    """One sentence: by what, and how far ahead of the next best."""
-    others = [rung for rung in rungs if rung is not chosen]
-    if not others:
-        return "the only rung"
-    best = max(others, key=rank)
-    words = (
-        f"{metric} {chosen.value:.4f} on {decided_on} images, "
-        f"the next best ({best.name}) {best.value:.4f}"
-    )
-    if best.value == chosen.value:
-        words += f": a tie, decided by log-loss, {chosen.log_loss:.4f} against {best.log_loss:.4f}"
-    return words
-
-
-def why_dropped(rung: Rung, chosen: Rung, metric: str) -> str:
-    """One sentence: how far behind ``chosen``."""
-    if rung.value == chosen.value:
-        return f"no better than {chosen.name} (log-loss {rung.log_loss:.4f})"
-    return f"{metric} {chosen.value - rung.value:.4f} below {chosen.name}"

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, product
 from typing import TypeVar
 
-from runtime.dataset import Split
+from runtime.dataset import Example, Split
 from runtime.errors import DataError
 from runtime.recipe import Splits
 from train.domains import Candidate
@@ -72,6 +72,24 @@ def limit_images(candidates: Sequence[Candidate], limit: int, seed: int) -> list
                 quotas[strata[sha256]] -= 1
                 kept.add((domain, sha256))
     return [c for c in candidates if (c.domain, c.sha256) in kept]
+
+
+def choose_labelled(examples: Sequence[Example], budget: int, seed: int) -> set[str]:
+    """Digests of the ``budget`` images whose labels training may use, every class by its share.
+
+    A smaller budget's images are among a larger one's wherever the shares allow.
+    """
+    classes = Counter(e.label or "" for e in examples)
+    if budget >= len(examples):
+        return {e.sha256 for e in examples}
+    places = {name: float(count) for name, count in sorted(classes.items())}
+    quotas = _apportion(places, budget, at_least_one=set(places))
+    kept: set[str] = set()
+    for e in sorted(examples, key=lambda e: _draw("labels", seed, e.sha256)):
+        if quotas[e.label or ""] > 0:
+            quotas[e.label or ""] -= 1
+            kept.add(e.sha256)
+    return kept
 
 
 class _Unit:
