@@ -81,7 +81,7 @@ def test_a_ladder_without_field_labels_can_be_drawn(tmp_path: Path) -> None:
     [
         (HEAD, "“head” is kept: field AUC 0.630 → 0.700, source AUC 0.900 → 0.895"),
         (HEAD._replace(field=None), "“head” is kept: source AUC 0.900 → 0.895"),
-        (START, "“as is” stays: no rung passed the gate"),
+        (START, "“as is” stays: nothing passed the gate"),
     ],
 )
 def test_the_title_says_what_came_out(last: Step, title: str) -> None:

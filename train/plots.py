@@ -117,7 +117,8 @@ def write_ladder(path: Path, steps: Sequence[Step], *, metric: str) -> None:
         figure = Figure(figsize=(WIDTH, 1.4 + 0.85 * len(steps)), dpi=DPI, layout="constrained")
         panel, words = figure.subplots(1, 2, width_ratios=(10, 9), sharey=True)
         climbed = [(s.field, y) for y, s in enumerate(steps) if s.kept and s.field is not None]
-        panel.plot([x for x, _ in climbed], [y for _, y in climbed], color=GREEN, lw=6, alpha=0.25)
+        if climbed:
+            panel.plot(*zip(*climbed, strict=True), color=GREEN, lw=6, alpha=0.25)
         for height, step in enumerate(steps):
             _draw_step(panel, step, height)
             _write_step(words, step, height)
@@ -130,7 +131,7 @@ def write_ladder(path: Path, steps: Sequence[Step], *, metric: str) -> None:
         spare = max(0.0, LEAST_SPAN - (high - low)) / 2
         panel.set_xlim(low - spare, high + spare)
         panel.set_ylim(-0.5, len(steps) - 0.5)
-        panel.set_xlabel(metric)
+        panel.set_xlabel(f"{metric}, with its interval")
         panel.grid(axis="y", visible=False)
         panel.spines["left"].set_visible(False)
         panel.tick_params(axis="y", length=0)
@@ -177,7 +178,7 @@ def _write_step(words: Axes, step: Step, height: int) -> None:
 
 def _ladder_title(first: Step, kept: Step, metric: str) -> str:
     if kept is first:
-        return f"“{first.name}” stays: no rung passed the gate"
+        return f"“{first.name}” stays: nothing passed the gate"
     pairs = (("field", first.field, kept.field), ("source", first.source, kept.source))
     changes = [
         f"{domain} {metric} {old:.3f} → {new:.3f}"
