@@ -157,7 +157,7 @@ def _examples(candidates: Sequence[Candidate], recipe: Recipe) -> list[Example]:
 def _refuse_empty_splits(
     examples: Sequence[Example], classes: Sequence[str], *, complete: bool
 ) -> None:
-    """``complete``: the source must teach every class, since no model that knows them is brought."""
+    """``complete``: the source must teach every class; no model that knows them is brought."""
     way_out = "add images, use more and smaller groups, raise [data] limit or change [data.splits]"
     filled = {(e.domain, e.split) for e in examples}
     for domain in sorted({e.domain for e in examples}):

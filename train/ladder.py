@@ -14,12 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.recipe import Strategy
-from train import console, distributed, store
+from train import distributed, store
 from train.evaluate import Seen, SweptFeatures, look, pick, portrait, sweep
 from train.gate import FEW, Held, Truth, Verdict, judge, metric_value
 from train.head import Head
 from train.material import Material
 from train.model import ImageClassifier
+from train.report import Line
 from train.rungs import (
     Details,
     Source,
@@ -31,7 +32,6 @@ from train.rungs import (
     interpolate,
     with_head,
 )
-from train.report import Line
 from train.similarity import negative_flips, twin_change
 from train.threshold import choose_offsets, class_rates, match_rates, rates_off
 

@@ -117,7 +117,7 @@ class Material:
 
 
 def balanced_weights(groups: Sequence[int]) -> Floats:
-    """Sample weights of mean 1, for groups of these sizes one after another, each of equal total."""
+    """Sample weights of mean 1 for groups of these sizes, one after another, of equal totals."""
     filled = [count for count in groups if count]
     total = sum(filled)
     return np.concatenate(

@@ -6,7 +6,6 @@ record only: no choice ever sees them.
 
 import platform
 import time
-from pathlib import Path
 
 import msgspec
 import numpy as np
