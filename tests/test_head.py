@@ -1,4 +1,4 @@
-"""The head of rung 1: its optimum, its pull towards the source head, its cross-validation; CORAL."""
+"""The head of rung 1: its optimum, its pull to the source head, cross-validation; and CORAL."""
 
 from pathlib import Path
 

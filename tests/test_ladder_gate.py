@@ -1,6 +1,5 @@
 """The gate between rungs: intervals against a plain bootstrap, and every condition it can break."""
 
-import msgspec
 import numpy as np
 import pytest
 
@@ -119,7 +118,7 @@ def test_flips_count_even_where_accuracy_is_kept() -> None:
 
 
 def test_a_model_that_names_one_class_is_refused() -> None:
-    lopsided = GOOD + [0.0, 5.0]  # the ranking, and so the AUC, is as good
+    lopsided = GOOD + np.array([0.0, 5.0])  # the ranking, and so the AUC, is as good
     result = verdict(lopsided, HOME)
     assert not result.passed
     assert "of the field images, expected 50%" in result.reason
@@ -148,7 +147,7 @@ def test_without_labels_class_rates_or_degraded_twins_must_speak_for_it() -> Non
     assert twins.passed
     assert not twins.verified
     assert not verdict(GOOD, HOME, blind, twins=(0.8, 0.8)).passed
-    lopsided = Held(POOR + [0.0, 9.0], HOME)
+    lopsided = Held(POOR + np.array([0.0, 9.0]), HOME)
     rates = judge(Held(POOR, HOME), lopsided, lopsided, blind, BUDGET, "auc")
     assert rates.passed
     assert "predicted class rates were off" in rates.reason
