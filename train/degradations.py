@@ -141,16 +141,17 @@ def _dirt(x: Tensor, amount: Tensor, dice: "_Dice") -> Tensor:
     for cells in _DIRT_CELLS:
         shape, rows, columns, y, u = _cells(x, cells)
 
-        def spread(values: Tensor, rows: Tensor = rows, columns: Tensor = columns) -> Tensor:
-            return values[:, None, rows, columns]
-
         radius = dice.uniform(0.1, 0.42, *shape)
         centre_y, centre_u = (radius + (1 - 2 * radius) * dice.uniform(0, 1, *shape) for _ in "yu")
         opacity = dice.uniform(0.35, 0.95, *shape)
         opacity = opacity * (dice.uniform(0, 1, *shape) < amount[:, :, 0])
-        distance = ((y - spread(centre_y)) ** 2 + (u - spread(centre_u)) ** 2).sqrt()
+        radius, centre_y, centre_u, opacity = (
+            _spread(values, rows, columns) for values in (radius, centre_y, centre_u, opacity)
+        )
+        distance = (y - centre_y).square_().add_((u - centre_u).square_()).sqrt_()
         # Out of focus: the rim fades over half of the radius.
-        x = x * (1 - spread(opacity) * (2 * (1 - distance / spread(radius))).clamp(0, 1))
+        cover = distance.div_(radius).mul_(-2).add_(2).clamp_(0, 1).mul_(opacity)
+        x = x - x * cover
     return x
 
 
@@ -171,14 +172,16 @@ def _occlude(x: Tensor, count: Tensor, dice: "_Dice", *, most: int) -> Tensor:
         dy, du = y - place[0] * (height / side), u - place[1] * (width / side)
         half_y, half_u = dice.uniform(0.05, 0.18), dice.uniform(0.05, 0.18)
         half_width, angle = dice.uniform(0.01, 0.03), dice.uniform(0, math.pi)
-        # Distance inside the outline, in sides; for an ellipse along its shorter half-axis.
-        in_bar = half_width - (torch.cos(angle) * du + torch.sin(angle) * dy).abs()
-        in_ellipse = (1 - ((dy / half_y) ** 2 + (du / half_u) ** 2).sqrt()) * torch.minimum(
-            half_y, half_u
-        )
-        inside = torch.where(bar, in_bar, in_ellipse)
-        visible = free * (inside * side + 0.5).clamp(0, 1) * (count > number)
-        free, paint = free - visible, paint + visible * grey
+        # Both outlines are where (across du + slant dy)^2 + (down dy)^2 is 1.
+        across = torch.where(bar, torch.cos(angle) / half_width, 1 / half_u)
+        slant = torch.where(bar, torch.sin(angle) / half_width, 0.0)
+        down = torch.where(bar, 0.0, 1 / half_y)
+        distance = (across * du + slant * dy).square_().add_((down * dy).square()).sqrt_()
+        scale = side * torch.where(bar, half_width, torch.minimum(half_y, half_u))
+        offset = torch.where(count > number, scale + 0.5, 0.0)
+        visible = distance.mul_(-scale).add_(offset).clamp_(0, 1).mul_(free)
+        free.sub_(visible)
+        paint.addcmul_(visible, grey)
     return x * free + paint
 
 
@@ -286,22 +289,27 @@ def _dropped_blocks(x: Tensor, amount: Tensor, dice: "_Dice") -> Tensor:
     shape, rows, columns, _, _ = _cells(x, _BLOCKS)
     lost = dice.uniform(0, 1, *shape) < amount[:, :, 0]
     grey = 0.5 * dice.chance(0.5)
-    return torch.where(lost[:, None, rows, columns], grey, x)
+    return torch.where(_spread(lost, rows, columns), grey, x)
 
 
 def _cells(x: Tensor, count: int) -> tuple[tuple[int, int], Tensor, Tensor, Tensor, Tensor]:
     """A grid of square cells, ``count`` along the shorter side.
 
-    Returns rows and columns of the grid, each pixel's row ``[H, 1]`` and column ``[W]`` in it,
+    Returns rows and columns of the grid, each pixel's row ``[H]`` and column ``[W]`` in it,
     and its place inside that cell, in cells, ``[H, 1]`` and ``[W]``.
     """
     height, width = x.shape[2:]
     side = min(height, width)
-    rows = torch.arange(height, device=x.device)[:, None] * count
+    rows = torch.arange(height, device=x.device) * count
     columns = torch.arange(width, device=x.device) * count
     inside_y, inside_u = ((at % side + 0.5 * count) / side for at in (rows, columns))
     grid = ((height - 1) * count // side + 1, (width - 1) * count // side + 1)
-    return grid, rows // side, columns // side, inside_y, inside_u
+    return grid, rows // side, columns // side, inside_y[:, None], inside_u
+
+
+def _spread(values: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Values of cells ``[N, rows of the grid, columns]`` at every pixel, ``[N, 1, H, W]``."""
+    return values.index_select(1, rows).index_select(2, columns)[:, None]
 
 
 # --- the list
