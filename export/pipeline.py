@@ -313,7 +313,7 @@ def _check_trained(recipe: Recipe, dataset: Dataset, facts: CheckpointFacts) -> 
     if facts.dataset_sha256 != dataset.sha256:
         raise DataError(f"the images, labels or splits changed since training; {again}")
     if finished(recipe.build / "train", training_key(recipe, dataset)) is None:
-        raise DataError(f"seed, [train] or fieldfit changed since training; {again}")
+        raise DataError(f"seed, [source], [train] or fieldfit changed since training; {again}")
 
 
 def _write_samples(folder: Path, dataset: Dataset, held_out: Sequence[Example]) -> None:

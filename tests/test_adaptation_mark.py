@@ -22,7 +22,7 @@ from runtime.manifest import Adaptation, Artifact, encode
 from runtime.preprocess import InputSpec
 from runtime.recipe import DataSettings, ModelSettings, Recipe
 from tests.test_engines import CHANNELS, tiny_model
-from train.checkpoint import CheckpointFacts
+from train.checkpoint import CheckpointFacts, read_checkpoint
 
 SIZE = (24, 16)
 RECIPE = Recipe(name="tiny", data=DataSettings(source="images"))
@@ -161,3 +161,12 @@ def test_the_release_and_its_table_show_the_mark(
     assert written["adaptation"]["rung"] == facts(verified).rung
     table.show(release)
     assert f"adaptation: {WORDS[verified]}" in capsys.readouterr().err.splitlines()
+
+
+def test_the_whole_job_carries_the_mark_from_training_to_the_device(quick: Path) -> None:
+    build = quick / "build" / "quick"
+    _, trained = read_checkpoint(build / "train" / "checkpoint.safetensors")
+    expected = adaptation_of(trained)
+    assert Bundle.open(build / "bundle").manifest.adaptation == expected
+    release = msgspec.json.decode((build / "release.json").read_bytes(), type=Release)
+    assert release.adaptation == expected

@@ -96,6 +96,14 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
         build_model(settings, SMALL, 2)
 
 
+def test_weights_of_a_deeper_network_of_the_same_family_are_refused(tmp_path: Path) -> None:
+    """resnet34 has every tensor of resnet18, in the same shape; its answers would be nonsense."""
+    save_file(timm.create_model("resnet34").state_dict(), tmp_path / "w.safetensors")
+    settings = ModelSettings(architecture="resnet18", weights=str(tmp_path / "w.safetensors"))
+    with pytest.raises(DataError, match=r"layer1\.2\..* it looks like resnet34"):
+        build_model(settings, SMALL, 2)
+
+
 def test_a_weights_file_cannot_run_code(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> tuple[object, tuple[str]]:

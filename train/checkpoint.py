@@ -47,6 +47,15 @@ def write_checkpoint(path: Path, model: ImageClassifier, facts: CheckpointFacts)
     return hashlib.sha256(data).hexdigest()
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether the file at ``path`` is a checkpoint of fieldfit, by its metadata."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "fieldfit" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
 def read_checkpoint(path: Path) -> tuple[ImageClassifier, CheckpointFacts]:
     """Rebuild the model, in eval mode, on the CPU.
 

