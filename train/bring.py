@@ -48,13 +48,14 @@ def bring(
 
     It is fieldfit's own, or a state dict (torch or safetensors) of a whole classifier by timm's
     names, or of an ImageClassifier; one that ends in one sigmoid output becomes two logits,
-    ``[0, z]``. ``classes`` are those that the data names; None where no image has a label.
+    ``[0, z]`` for the first and the second name listed. ``classes`` are those that the data names; None where no image has a label.
 
     Raises DataError if the file is missing, damaged, would run code, has no linear classifier, is
     of another architecture or input, or lacks a class of the data; RecipeError if
     ``[source] classes`` is missing or does not describe it.
     """
-    path = Path(settings.checkpoint or "")
+    assert settings.checkpoint is not None
+    path = Path(settings.checkpoint)
     if not path.is_file():
         raise DataError(f"{path}: no such checkpoint; correct [source] checkpoint")
     if is_checkpoint(path):
