@@ -141,7 +141,7 @@ def _dirt(x: Tensor, amount: Tensor, dice: "_Dice") -> Tensor:
     for cells in _DIRT_CELLS:
         shape, rows, columns, y, u = _cells(x, cells)
 
-        radius = dice.uniform(0.1, 0.42, *shape)
+        radius = 0.08 + 0.34 * dice.uniform(0, 1, *shape).square()  # small ones are commoner
         centre_y, centre_u = (radius + (1 - 2 * radius) * dice.uniform(0, 1, *shape) for _ in "yu")
         opacity = dice.uniform(0.35, 0.95, *shape)
         opacity = opacity * (dice.uniform(0, 1, *shape) < amount[:, :, 0])
@@ -350,7 +350,7 @@ _ALL = (
         "dirt", "obstruction",
         "Dust and drops on the window: soft dark specks, large and small.",
         "share of grid cells with a speck",
-        (0.08, 0.16, 0.3, 0.5, 0.8), _dirt,
+        (0.06, 0.12, 0.22, 0.36, 0.55), _dirt,
     ),
     Degradation(
         "occluders", "obstruction",
