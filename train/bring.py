@@ -48,7 +48,8 @@ def bring(
 
     It is fieldfit's own, or a state dict (torch or safetensors) of a whole classifier by timm's
     names, or of an ImageClassifier; one that ends in one sigmoid output becomes two logits,
-    ``[0, z]`` for the first and the second name listed. ``classes`` are those that the data names; None where no image has a label.
+    ``[0, z]`` for the first and the second name listed. ``classes`` are those that the data
+    names; None where no image has a label.
 
     Raises DataError if the file is missing, damaged, would run code, has no linear classifier, is
     of another architecture or input, or lacks a class of the data; RecipeError if
