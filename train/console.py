@@ -4,6 +4,7 @@ Everything here goes to stderr; stdout is for results. It does not know what is 
 """
 
 import contextlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -22,7 +23,8 @@ from rich.table import Table
 
 T = TypeVar("T")
 
-console = Console(stderr=True, highlight=False)
+# Of the processes that a torchrun started, the first one speaks for all.
+console = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
 if not console.is_terminal:
     console.width = 100  # a log file has no width; 80 would break the tables
 

@@ -18,7 +18,7 @@ class Device(NamedTuple):
 
     @property
     def torch(self) -> torch.device:
-        """torch's own object for it."""
+        """torch's own object for it; of several GPUs the one that this process has set."""
         return torch.device(self.kind)
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
@@ -46,5 +46,10 @@ def reference_device(reason: str) -> Device:
     A GPU's mixed precision, and TensorFloat-32 without it, differ by more than export's parity
     check allows between a checkpoint and its graph.
     """
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     return Device("cpu", torch.float32, f"CPU, {torch.get_num_threads()} threads ({reason})")
+
+
+def threads(processes: int) -> int:
+    """A process's share of the cores that it and its ``processes - 1`` equals may use."""
+    return max(1, len(os.sched_getaffinity(0)) // processes)

@@ -1,12 +1,13 @@
-"""Fine-tuning at a low rate from a fitted head, source and target images in every epoch.
+"""The training of a network's weights, the same for the source model and every rung above.
 
-BatchNorm statistics stay frozen (the whole network is in eval mode), the rate warms up and decays
-by a cosine, and the epoch with the best validation score is kept. The state is saved as it goes:
-the order of images and every augmentation are functions of seed and step, so a run that was
-interrupted goes on as if it had not been.
+It moves whatever an objective (train/objective) holds to lower what that objective says, on the
+batches that groups of images make (train/batches). Neither is known to it.
 
-Order and reasons: Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform
-Out-of-Distribution", ICLR 2022 (a fitted head first, then a low rate).
+BatchNorm and dropout stay as in use (the whole network is in eval mode), the rate warms up and
+decays by a cosine, and the epoch with the best validation score is kept, be it the start. Batches
+and dropout are functions of seed and step, so that an interrupted training goes on as if it had
+not been (train/resume). Order and reasons: Kumar et al., "Fine-Tuning can Distort Pretrained
+Features and Underperform Out-of-Distribution", ICLR 2022 (a fitted head first, then a low rate).
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,147 +23,278 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
-from torch.nn import functional as F
 
-from runtime import atomic
 from runtime.errors import RecipeError
-from runtime.recipe import Augmentation, TrainSettings
+from runtime.recipe import Augmentation, Schedule, TrainSettings
+from train import distributed
+from train.batches import Group, Pictures, Steps, load, to_batch
 from train.device import Device
-from train.features import to_device
-from train.model import ImageClassifier, freeze_modules
+from train.model import ImageClassifier
+from train.objective import Batch, Objective
+from train.optimize import Optimization, choose_trained, rate_at
+from train.resume import Epoch, restore_state, save_state
+
+__all__ = ["Epoch", "Group", "History", "Watcher", "fine_tune"]
 
 UInt8 = npt.NDArray[np.uint8]
-Ints = npt.NDArray[np.int64]
 
 SAVE_EVERY_S = 60.0
 """Longest work, in seconds, that a kill -9 can cost."""
 
-CLIP_NORM = 1.0
+_DROPOUT = 4  # a stream of random numbers of its own
 
 
-class Epoch(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of the history."""
+class History(msgspec.Struct, frozen=True, kw_only=True):
+    """How a training went."""
 
-    epoch: int
-    loss: float
-    score: float
-    """The recipe's metric on the field's validation images."""
-    seconds: float
-
-
-class _State(msgspec.Struct, kw_only=True):
-    """What a resumed run needs beside tensors."""
-
-    key: str
-    step: int = 0
-    best_epoch: int = -1
-    best_score: float | None = None
-    losses: float = 0.0
-    seconds: float = 0.0
-    scaler: dict[str, int | float] = {}
-    history: list[Epoch] = []
+    epochs: tuple[Epoch, ...]
+    kept_epoch: int
+    """Whose weights were kept; 0 is the start."""
+    start_score: float | None
+    """Of the weights it started from."""
+    steps: int
+    """Steps that were made."""
+    planned_steps: int
+    reason: str
+    """Why it ended, and why those weights were kept."""
+    notes: tuple[str, ...] = ()
+    """Decisions on the way that a person may want to know."""
 
 
 class Watcher(NamedTuple):
-    """How a run is watched; each is called with numbers only."""
+    """How a training is watched; each is called with numbers and words only."""
 
-    step: Callable[[int, int, float, float], None]
-    """Step done, steps in all, loss, rate."""
+    step: Callable[[int, int, float, float, dict[str, float]], None]
+    """Step done, steps in all, loss, the body's rate, the loss's parts."""
     epoch: Callable[[Epoch], None]
     resumed: Callable[[int, int], None]
     """Step it goes on from, steps in all."""
+    note: Callable[[str], None]
+    """A decision with its reason."""
+
+
+class Course(NamedTuple):
+    """How long a training is."""
+
+    steps: int
+    per_epoch: int
+    """The last epoch may be shorter."""
 
 
 def fine_tune(
-    model: ImageClassifier,
-    pixels: UInt8,
-    rows: Ints,
-    labels: Ints,
-    weights: npt.NDArray[np.float32],
+    objective: Objective,
+    groups: Sequence[Group],
     *,
-    settings: TrainSettings,
+    pixels: UInt8,
+    images_sha256: str,
+    cache: Path,
+    schedule: Schedule,
+    train: TrainSettings,
+    min_steps: int,
+    tune: tuple[str, ...],
     seed: int,
     key: str,
     state_path: Path,
     device: Device,
-    validate: Callable[[ImageClassifier], float],
+    validate: Callable[[ImageClassifier], float] | None,
     watch: Watcher,
-) -> list[Epoch]:
-    """Train ``model`` in place and leave it at its best epoch; returns the history.
+    extra_rate: float | None = None,
+    save_every_s: float = SAVE_EVERY_S,
+) -> History:
+    """Train what ``objective`` holds, in place, and leave its model at the best epoch, on the CPU.
 
-    ``pixels`` uint8 ``[M, H, W, C]`` may be larger than memory: it is read batch by batch.
-    ``rows [N]`` are those to train on, with their ``labels [N]`` and ``weights [N]`` of mean 1.
-    ``validate`` scores the model, higher is better. ``state_path`` holds the resumable state; it
-    is used only if ``key`` is the same, and removed by the caller when its result is safe.
+    ``pixels`` uint8 ``[M, H, W, C]`` may be larger than memory; ``images_sha256`` stands for their
+    content where ``cache`` keeps what is computed from them. One epoch is one pass over the
+    largest labelled group, or longer where ``min_steps`` would be more than all epochs.
 
-    KeyboardInterrupt saves the state first. Raises RecipeError if the loss stops being finite.
+    Of ``train``, ``freeze``, ``augment``, ``degrade``, ``cache_frozen`` and ``compile`` count.
+    ``tune`` names the backbone's modules to train besides the head; () trains all. The objective's
+    own parameters learn at ``extra_rate`` at most, by default at the head's rate.
+
+    ``validate`` scores the model, higher is better; the start is a candidate. With None nothing
+    can tell a good epoch and the last one is kept. ``state_path`` holds the resumable state; it is
+    used only if ``key`` is the same, and removed by the caller when its result is safe.
+
+    Under torchrun all processes call this with the same arguments and get the same result.
+    KeyboardInterrupt saves the state first. Raises RecipeError for a module that the network does
+    not have, for fewer images in a batch than processes, and if the loss stops being finite.
     """
-    freeze_modules(model, settings.freeze)
-    model.to(device.torch, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    steps_per_epoch = max(1, len(labels) // settings.batch)
-    steps = steps_per_epoch * settings.epochs
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = _optimizer(trained, settings)
-    scaler = torch.amp.GradScaler(device.kind, enabled=device.precision == torch.float16)
-    state, best = _restore(state_path, key, model, trained, optimizer, scaler)
-    if state.step:
-        watch.resumed(state.step, steps)
-    model.eval()  # BatchNorm and dropout stay as in use; weights are trained all the same
-    started = saved = time.monotonic()
-    spent = state.seconds
-    with _interruptible() as interrupted:
-        while state.step < steps:
-            epoch, index = divmod(state.step, steps_per_epoch)
-            order = _order(len(labels), seed, epoch)
-            batch = np.sort(order[index * settings.batch : (index + 1) * settings.batch])
-            rate = _rate(state.step, steps, settings.warmup)
-            images = to_device(pixels[rows[batch]], device)
-            loss = _step(
-                model,
-                optimizer,
-                scaler,
-                trained,
-                rate,
-                device,
-                _augment(images, settings.augment, seed, state.step),
-                torch.from_numpy(labels[batch]).to(device.torch),
-                torch.from_numpy(weights[batch]).to(device.torch),
+    choose_trained(objective.model, train.freeze, tune)
+    if schedule.batch < distributed.size():
+        raise RecipeError(
+            f"batch = {schedule.batch} cannot be divided over {distributed.size()} processes; "
+            "raise it or start fewer"
+        )
+    objective.to(device.torch, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    objective.eval()
+    steps = Steps(
+        groups, Pictures(pixels), augment=train.augment, degrade=train.degrade, seed=seed,
+        square=pixels.shape[1] == pixels.shape[2], classes=objective.model.head.out_features,
+    )  # fmt: skip
+    training = _Training(
+        objective=objective,
+        optimization=Optimization(objective, schedule, extra_rate, device),
+        course=plan_course(groups, schedule.epochs, min_steps),
+        schedule=schedule,
+        validate=validate,
+        watch=watch,
+    )
+    training.restore(state_path, key)
+    training.run(
+        steps, device, train.augment, lambda: training.save(state_path), save_every_s=save_every_s
+    )
+    training.keep_best()
+    objective.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    return training.history()
+
+
+def plan_course(groups: Sequence[Group], epochs: int, min_steps: int) -> Course:
+    """How many steps to make: those of all epochs, ``min_steps`` at least.
+
+    Too few of them make longer epochs, not more, so that patience keeps its meaning.
+    """
+    labelled = [group for group in groups if (group.labels >= 0).any()]
+    largest = max(labelled or groups, key=lambda group: len(group.rows))
+    steps = max(min_steps, epochs * math.ceil(len(largest.rows) / largest.share))
+    return Course(steps, math.ceil(steps / epochs))
+
+
+class _Training:
+    """A training under way: what moves, where it is, and the best of it so far."""
+
+    def __init__(
+        self,
+        *,
+        objective: Objective,
+        optimization: Optimization,
+        course: Course,
+        schedule: Schedule,
+        validate: Callable[[ImageClassifier], float] | None,
+        watch: Watcher,
+    ) -> None:
+        self.model, self.optimization, self.course = objective.model, optimization, course
+        self.schedule, self.validate, self.watch = schedule, validate, watch
+        self.weights = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.best = {n: p.detach().clone() for n, p in self.weights.items()}
+
+    def restore(self, path: Path, key: str) -> None:
+        """Go on from the state in ``path``, or begin by scoring the weights as they are."""
+        self.state = restore_state(path, key, self.optimization, self.best)
+        if self.state.step:
+            self.watch.resumed(self.state.step, self.course.steps)
+        else:
+            self.state.start_score = self.state.best_score = self._score()
+
+    def run(
+        self,
+        steps: Steps,
+        device: Device,
+        augment: tuple[Augmentation, ...],
+        save: Callable[[], None],
+        *,
+        save_every_s: float,
+    ) -> None:
+        """Make the steps that are left, or as many as patience allows."""
+        state, course = self.state, self.course
+        started, saved = time.monotonic() - state.seconds, time.monotonic()
+        with _interruptible() as interrupted:
+            for drawn in load(steps, state.step, course.steps, device):
+                if self._out_of_patience():
+                    break
+                torch.manual_seed(_dropout_seed(steps.seed, state.step))
+                batch = to_batch(drawn, device, augment, moved=steps.store.moved)
+                stop = self._step(batch, interrupted())
+                state.seconds = time.monotonic() - started
+                if state.step % course.per_epoch == 0 or state.step == course.steps:
+                    self._end_epoch()
+                if stop or time.monotonic() - saved > save_every_s:
+                    save()
+                    saved = time.monotonic()
+                if stop:
+                    raise KeyboardInterrupt
+
+    def _step(self, batch: Batch, interrupted: bool) -> bool:
+        """Make a step and count it; returns whether any process was interrupted."""
+        state, steps = self.state, self.course.steps
+        rate = rate_at(state.step, steps, self.schedule.warmup)
+        loss, parts = self.optimization.step(batch, state.step / steps, rate)
+        heard = loss.new_full((), float(interrupted))
+        # One transfer for all numbers, and one exchange: all processes have to stop together.
+        numbers = distributed.mean(torch.stack([loss, heard, *parts.values()]).float()).tolist()
+        if not math.isfinite(numbers[0]):
+            raise RecipeError(
+                f"learning_rate: training diverged at step {state.step + 1} of {steps} "
+                f"(the loss is {numbers[0]}); lower it"
             )
-            if not math.isfinite(loss):
-                raise RecipeError(
-                    f"[train] learning_rate: fine-tuning diverged at step {state.step + 1} of "
-                    f"{steps} (the loss is {loss}); lower it"
-                )
-            state.losses += loss
-            state.step += 1
-            state.seconds = spent + time.monotonic() - started
-            watch.step(state.step, steps, loss, rate * settings.learning_rate)
-            if state.step % steps_per_epoch == 0:
-                done = Epoch(
-                    epoch=epoch + 1,
-                    loss=state.losses / steps_per_epoch,
-                    score=validate(model),
-                    seconds=state.seconds,
-                )
-                state.losses = 0.0
-                state.history.append(done)
-                if state.best_score is None or done.score > state.best_score:
-                    state.best_score, state.best_epoch = done.score, done.epoch
-                    best = {n: p.detach().clone() for n, p in trained.items()}
-                watch.epoch(done)
-            if interrupted() or time.monotonic() - saved > SAVE_EVERY_S:
-                _save(state_path, state, trained, best, optimizer, scaler)
-                saved = time.monotonic()
-            if interrupted():
-                raise KeyboardInterrupt
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(best[name])
-    model.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    return state.history
+        shown = dict(zip(parts, numbers[2:], strict=True))
+        state.step += 1
+        state.loss += numbers[0]
+        state.parts = {name: state.parts.get(name, 0.0) + v for name, v in shown.items()}
+        self.watch.step(state.step, steps, numbers[0], rate * self.schedule.learning_rate, shown)
+        return bool(numbers[1] > 0)
+
+    def _end_epoch(self) -> None:
+        state, made = self.state, self.state.step - self.course.per_epoch * len(self.state.history)
+        done = Epoch(
+            epoch=len(state.history) + 1,
+            loss=state.loss / made,
+            score=self._score(),
+            parts={name: total / made for name, total in state.parts.items()},
+            seconds=state.seconds,
+        )
+        state.loss, state.parts = 0.0, {}
+        state.history.append(done)
+        if done.score is not None and (state.best_score is None or done.score > state.best_score):
+            state.best_score, state.best_epoch = done.score, done.epoch
+            self.best = {n: p.detach().clone() for n, p in self.weights.items()}
+        self.watch.epoch(done)
+
+    def _score(self) -> float | None:
+        score = math.nan if self.validate is None else self.validate(self.model)
+        return None if math.isnan(score) else score
+
+    def _out_of_patience(self) -> bool:
+        waited = len(self.state.history) - self.state.best_epoch
+        judged, patience = self.state.best_score is not None, self.schedule.patience
+        return judged and 0 < patience <= waited
+
+    def save(self, path: Path) -> None:
+        """Write the state, by the first process."""
+        if distributed.main():
+            save_state(path, self.state, self.optimization, self.best)
+
+    def keep_best(self) -> None:
+        """Put the best weights back; where nothing could tell, the last ones are."""
+        if self.state.best_score is not None:
+            with torch.no_grad():
+                for name, parameter in self.weights.items():
+                    parameter.copy_(self.best[name])
+
+    def history(self) -> History:
+        """How it went, in numbers and words."""
+        state, epochs = self.state, len(self.state.history)
+        judged = state.best_score is not None
+        if state.step < self.course.steps:
+            ended = f"no better score in {self.schedule.patience} epochs"
+        else:
+            ended = f"all {state.step} steps are done"
+        kept = state.best_epoch if judged else epochs
+        if not judged:
+            why = "the last epoch is kept, nothing can tell which is best"
+        elif kept:
+            why = f"epoch {kept} is kept, it scored best"
+        else:
+            why = "the start is kept, no epoch scored better"
+        return History(
+            epochs=tuple(state.history), kept_epoch=kept, start_score=state.start_score,
+            steps=state.step, planned_steps=self.course.steps, reason=f"{ended}; {why}",
+        )  # fmt: skip
+
+
+def _dropout_seed(seed: int, step: int) -> int:
+    """Of each step and process its own, so that dropout, too, is a function of them."""
+    words = (seed, _DROPOUT, step, distributed.rank())
+    return int(np.random.SeedSequence(words).generate_state(1)[0])
 
 
 @contextlib.contextmanager
@@ -170,7 +302,8 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
     """Hold Ctrl-C back until a step is whole; a second one does not wait.
 
     Between the optimizer's update and the count of steps, an interruption would save a state in
-    which a step is done but not counted.
+    which a step is done but not counted. Under torchrun a second one is the rule: it passes on
+    what the terminal has sent to all already.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
@@ -181,139 +314,11 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
     def hear(number: int, frame: object) -> None:
         nonlocal heard
         heard = True
-        signal.signal(signal.SIGINT, usual)
+        if distributed.size() == 1:
+            signal.signal(signal.SIGINT, usual)
 
     signal.signal(signal.SIGINT, hear)
     try:
         yield lambda: heard
     finally:
         signal.signal(signal.SIGINT, usual)
-
-
-def _optimizer(trained: Mapping[str, Tensor], settings: TrainSettings) -> torch.optim.AdamW:
-    head = [p for n, p in trained.items() if n.startswith("head.")]
-    body = [p for n, p in trained.items() if not n.startswith("head.")]
-    groups = [
-        {"params": body, "peak": settings.learning_rate},
-        {"params": head, "peak": settings.head_learning_rate},
-    ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-    )
-
-
-def _step(
-    model: ImageClassifier,
-    optimizer: torch.optim.AdamW,
-    scaler: torch.amp.GradScaler,
-    trained: Mapping[str, Tensor],
-    rate: float,
-    device: Device,
-    images: Tensor,
-    labels: Tensor,
-    weights: Tensor,
-) -> float:
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["peak"]
-    optimizer.zero_grad(set_to_none=True)
-    with device.autocast():
-        logits, _ = model(images)
-    entropy = F.cross_entropy(logits.float(), labels, reduction="none")
-    loss = (entropy * weights).mean()
-    scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-    scaler.unscale_(optimizer)
-    torch.nn.utils.clip_grad_norm_(list(trained.values()), CLIP_NORM)
-    scaler.step(optimizer)
-    scaler.update()
-    return float(loss.detach())
-
-
-def _order(count: int, seed: int, epoch: int) -> Ints:
-    return np.random.default_rng((seed, epoch)).permutation(count)
-
-
-def _rate(step: int, steps: int, warmup: float) -> float:
-    """Share of the peak rate: linear warm-up, then a cosine to zero."""
-    rising = max(1, round(warmup * steps))
-    if step < rising:
-        return (step + 1) / rising
-    return 0.5 * (1.0 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
-
-
-def _augment(images: Tensor, kinds: tuple[Augmentation, ...], seed: int, step: int) -> Tensor:
-    """Flip and turn each image of ``[N, H, W, C]`` by its own coin."""
-    random = np.random.default_rng((seed, 1, step))
-    for kind in kinds:
-        if kind == "rotate-90":
-            if images.shape[1] != images.shape[2]:
-                continue  # turning would change the shape
-            turns = torch.from_numpy(random.integers(0, 4, len(images))).to(images.device)
-            turned = torch.stack([torch.rot90(images, k, (1, 2)) for k in range(4)])
-            images = turned[turns, torch.arange(len(images), device=images.device)]
-        else:
-            axis = 2 if kind == "flip-horizontal" else 1
-            coin = torch.from_numpy(random.random(len(images)) < 0.5).to(images.device)
-            images = torch.where(coin[:, None, None, None], images.flip(axis), images)
-    return images
-
-
-def _save(
-    path: Path,
-    state: _State,
-    trained: Mapping[str, Tensor],
-    best: dict[str, Tensor],
-    optimizer: torch.optim.AdamW,
-    scaler: torch.amp.GradScaler,
-) -> None:
-    tensors = {f"model.{n}": p for n, p in trained.items()}
-    tensors |= {f"best.{n}": p for n, p in best.items()}
-    names = {id(p): n for n, p in trained.items()}
-    for parameter, values in optimizer.state.items():
-        for kind, value in values.items():
-            tensors[f"optimizer.{kind}.{names[id(parameter)]}"] = value
-    state.scaler = scaler.state_dict() if scaler.is_enabled() else {}
-    data = save(
-        {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()},
-        metadata={"state": msgspec.json.encode(state).decode()},
-    )
-    atomic.write_bytes(path, data)
-
-
-def _restore(
-    path: Path,
-    key: str,
-    model: ImageClassifier,
-    trained: Mapping[str, Tensor],
-    optimizer: torch.optim.AdamW,
-    scaler: torch.amp.GradScaler,
-) -> tuple[_State, dict[str, Tensor]]:
-    """The saved state if it belongs to this run, else a fresh one."""
-    fresh = _State(key=key), {n: p.detach().clone() for n, p in trained.items()}
-    if not path.is_file():
-        return fresh
-    try:
-        with safe_open(path, framework="pt") as file:
-            state = msgspec.json.decode((file.metadata() or {})["state"], type=_State)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, msgspec.DecodeError):
-        return fresh  # a damaged state costs the time to train again
-    if state.key != key or not {f"model.{n}" for n in trained} <= set(tensors):
-        return fresh
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(tensors[f"model.{name}"])
-    for parameter in trained.values():
-        optimizer.state[parameter] = {}
-    for name, tensor in tensors.items():
-        part, _, rest = name.partition(".")
-        if part == "optimizer":
-            kind, _, owner = rest.partition(".")
-            parameter = trained[owner]
-            on = "cpu" if kind == "step" else parameter.device
-            optimizer.state[parameter][kind] = tensor.to(on)
-    if state.scaler:
-        scaler.load_state_dict(state.scaler)
-    device = next(iter(trained.values())).device
-    return state, {n: tensors[f"best.{n}"].to(device) for n in trained}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from train import distributed
 from train.model import ImageClassifier
 
 SOURCE, TARGET = 0, 1
@@ -112,7 +113,7 @@ def domain_mean(values: Tensor, weights: Tensor, domains: Tensor) -> Tensor:
     So that each domain counts the same however many images of it a batch has.
     """
     members = torch.stack([weights * (domains == domain) for domain in (SOURCE, TARGET)])
-    totals = members.sum(dim=1)
+    totals = distributed.mean(members.sum(dim=1))
     means = (members * values).sum(dim=1) / totals.clamp(min=1e-12)
     return means.sum() / (totals > 0).sum().clamp(min=1)
 
@@ -127,4 +128,5 @@ def answers_kept(logits: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         reduction="none",
         log_target=True,
     ).sum(dim=1)
-    return (divergence * known).sum() / known.sum().clamp(min=1) * temperature**2
+    count = distributed.mean(known.sum().to(divergence.dtype))
+    return (divergence * known).sum() / count.clamp(min=1e-12) * temperature**2

@@ -1,0 +1,98 @@
+"""One optimizer step: which weights move, at what rates, in what precision, over all processes.
+
+It does not know images, epochs or scores.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from runtime.errors import RecipeError
+from runtime.recipe import Schedule
+from train import distributed
+from train.device import Device
+from train.model import ImageClassifier, freeze_modules
+from train.objective import Batch, Objective
+
+CLIP_NORM = 1.0
+
+
+def choose_trained(model: ImageClassifier, freeze: tuple[str, ...], tune: tuple[str, ...]) -> None:
+    """Let only the head and the backbone's modules ``tune`` learn, () being all, less ``freeze``.
+
+    Raises RecipeError for a name that the backbone does not have.
+    """
+    modules = dict(model.backbone.named_modules())
+    for parameter in model.backbone.parameters():
+        parameter.requires_grad = not tune
+    for name in tune:
+        if name not in modules or not name:
+            known = ", ".join(n for n in modules if n and n.count(".") <= 1)
+            raise RecipeError(
+                f"[train.fine_tuning] tune: no module {name!r}; the backbone has: {known}"
+            )
+        modules[name].requires_grad_()
+    freeze_modules(model, freeze)
+
+
+def rate_at(step: int, steps: int, warmup: float) -> float:
+    """Share of the peak rate: linear warm-up, then a cosine to zero."""
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1.0 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+class Optimization:
+    """AdamW on the body, the head and the objective's own parameters, each at its own rate.
+
+    Gradients are clipped to norm 1. Of several processes each has a part of every batch, and
+    DistributedDataParallel averages their gradients; see distributed.mean for why that is the
+    gradient of the whole.
+    """
+
+    trained: dict[str, nn.Parameter]
+    """All that moves, by name."""
+
+    def __init__(
+        self, objective: Objective, schedule: Schedule, extra_rate: float | None, device: Device
+    ) -> None:
+        named = {n: p for n, p in objective.model.named_parameters() if p.requires_grad}
+        extra = {f"extra.{n}": p for n, p in objective.extra_parameters()}
+        self.trained = named | extra
+        groups = [
+            ([p for n, p in named.items() if not n.startswith("head.")], schedule.learning_rate),
+            ([p for n, p in named.items() if n.startswith("head.")], schedule.head_learning_rate),
+            (list(extra.values()), extra_rate or schedule.head_learning_rate),
+        ]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": params, "peak": peak} for params, peak in groups if params],
+            lr=schedule.learning_rate,
+            weight_decay=schedule.weight_decay,
+        )
+        self.scaler = torch.amp.GradScaler(device.kind, enabled=device.precision == torch.float16)
+        self.device = device
+        self.objective: nn.Module = objective
+        if distributed.size() > 1:
+            # Buffers are frozen statistics, the same everywhere.
+            self.objective = DistributedDataParallel(objective, broadcast_buffers=False)
+
+    def step(
+        self, batch: Batch, progress: float, rate: float
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Move the weights at ``rate``, a share of their peaks; returns this process's loss and
+        the parts of it."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["peak"]
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.device.autocast():
+            loss, parts = self.objective(batch, progress)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(list(self.trained.values()), CLIP_NORM)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return loss.detach(), parts
