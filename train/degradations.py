@@ -254,7 +254,7 @@ def _motion_blur(x: Tensor, amount: Tensor, dice: "_Dice") -> Tensor:
     taps = torch.arange(math.ceil(most * side / 2) + 1, device=x.device)
     across = dice.chance(0.5)
     for axis, moves in ((2, ~across), (3, across)):
-        length = (amount * side).clamp(min=1) * moves
+        length = 1 + amount * side * moves  # a pixel at rest is a pixel long
         x = _convolve(x, (length / 2 + 0.5 - taps).clamp(0, 1), axis)
     return x
 
@@ -386,7 +386,7 @@ _ALL = (
         "blur", "sensor",
         "Out of focus, or a greasy lens: Gaussian blur.",
         "standard deviation as a share of the shorter side",
-        (0.0025, 0.005, 0.0083, 0.0133, 0.02), _blur,
+        (0.004, 0.007, 0.011, 0.016, 0.024), _blur,
     ),
     Degradation(
         "motion-blur", "sensor",

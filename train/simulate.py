@@ -54,12 +54,10 @@ def simulate(
         for e in examples
         if e.split != "train" or e.sha256 in moved
     ]
-    twins = []
     pool = ThreadPoolExecutor(THREADS)
     try:
         waiting = [pool.submit(_twin, e, folder.absolute(), window) for e in tied]
-        for done in track(waiting) if track and waiting else waiting:
-            twins.append(done.result())
+        twins = [done.result() for done in (track(waiting) if track and waiting else waiting)]
     finally:
         pool.shutdown(cancel_futures=True)  # Ctrl-C must not wait for the rest
     clean = [e for e in tied if e.split != "train"]
