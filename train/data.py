@@ -56,7 +56,13 @@ def prepare(
     chosen = limit_images(listing.candidates, data.limit, recipe.seed)
     examples = _examples(chosen, recipe)
     if data.target == SIMULATED:
-        examples = simulate(examples, seed=recipe.seed, folder=cache / SIMULATED, track=draw)
+        examples = simulate(
+            examples,
+            seed=recipe.seed,
+            folder=cache / SIMULATED,
+            window=recipe.input.window,
+            track=draw,
+        )
     examples = _within_budget(examples, data.labels, recipe.seed)
     _refuse_empty_splits(examples, classes, complete=not known)
     return Dataset(
