@@ -248,7 +248,7 @@ def test_the_contact_sheet_has_every_degradation(tmp_path: Path) -> None:
     with Image.open(out) as sheet:
         sheet.load()
     rows, headings = len(DEGRADATIONS) + 1, 4
-    assert sheet.size == (250 + 6 * 74 + 10, 40 + headings * 40 + rows * (64 + 18 + 10))
+    assert sheet.size == (250 + 6 * 74 + 10, 40 + headings * 40 + rows * (120 + 10))
     # The first row, a gradient: the clean picture, then five others.
     tiles = [sheet.crop((250 + 74 * k, 80, 314 + 74 * k, 128)) for k in range(6)]
     clean = Image.fromarray(portrait()[0].numpy()).resize((64, 48), Image.Resampling.BOX)

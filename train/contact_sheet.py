@@ -22,7 +22,7 @@ DEFAULT_OUT = Path("degradations.png")
 TILE = 160
 """Pixels of the longer side of one picture on the sheet."""
 
-_GAP, _LINE, _LABELS, _TITLE = 10, 18, 250, 40
+_GAP, _LINE, _LABELS, _TITLE, _NOTES = 10, 18, 250, 40, 120
 _INK, _QUIET, _PAPER = (20, 20, 20), (105, 105, 105), (255, 255, 255)
 
 
@@ -70,7 +70,7 @@ def write_contact_sheet(image_path: Path, out_path: Path, seed: int = 0, size: i
     picture = decode(image_path)
     picture.thumbnail((size, size), Image.Resampling.BOX)
     with atomic.replacing_file(out_path) as temporary:
-        _draw_sheet(_rows(picture, seed), image_path.name, size).save(temporary, format="PNG")
+        _draw_sheet(_rows(picture, seed), image_path.name).save(temporary, format="PNG")
 
 
 def _rows(picture: Image.Image, seed: int) -> dict[str, list[Row]]:
@@ -102,12 +102,13 @@ def _pictures(images: "Tensor") -> list[Image.Image]:
     return [Image.fromarray(a[:, :, 0] if a.shape[2] == 1 else a) for a in arrays]
 
 
-def _draw_sheet(groups: dict[str, list[Row]], title: str, size: int) -> Image.Image:
+def _draw_sheet(groups: dict[str, list[Row]], title: str) -> Image.Image:
     fonts = {points: ImageFont.load_default(points) for points in (12, 15, 20)}
-    columns = max(len(row.pictures) for rows in groups.values() for row in rows)
-    row_height = size + _LINE + _GAP
+    (first, *_), *_ = groups.values()
+    tile = first.pictures[0]
+    row_height = max(tile.height + _LINE, _NOTES) + _GAP
     height = sum(_TITLE + row_height * len(rows) for rows in groups.values()) + _TITLE
-    width = _LABELS + columns * (size + _GAP) + _GAP
+    width = _LABELS + len(first.pictures) * _pitch(tile) + _GAP
     sheet = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((_GAP, _GAP), f"Field degradations of {title}", _INK, fonts[20])
@@ -117,7 +118,7 @@ def _draw_sheet(groups: dict[str, list[Row]], title: str, size: int) -> Image.Im
         draw.text((_GAP, y + 9), heading, _INK, fonts[15])
         y += _TITLE
         for row in rows:
-            _draw_row(sheet, draw, row, y, size, fonts[15], fonts[12])
+            _draw_row(sheet, draw, row, y, fonts[15], fonts[12])
             y += row_height
     return sheet
 
@@ -127,14 +128,18 @@ def _draw_row(
     draw: ImageDraw.ImageDraw,
     row: Row,
     y: int,
-    size: int,
-    bold: ImageFont.FreeTypeFont | ImageFont.ImageFont,
-    plain: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    large: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    small: ImageFont.FreeTypeFont | ImageFont.ImageFont,
 ) -> None:
-    draw.text((_GAP, y), row.name, _INK, bold)
+    draw.text((_GAP, y), row.name, _INK, large)
     lines = "\n\n".join(textwrap.fill(note, 36) for note in row.notes)
-    draw.multiline_text((_GAP, y + 22), lines, _QUIET, plain, spacing=3)
+    draw.multiline_text((_GAP, y + 22), lines, _QUIET, small, spacing=3)
     for index, (picture, caption) in enumerate(zip(row.pictures, row.captions, strict=True)):
-        x = _LABELS + index * (size + _GAP)
+        x = _LABELS + index * _pitch(picture)
         sheet.paste(picture, (x, y))
-        draw.text((x, y + size + 2), caption, _INK, plain)
+        draw.text((x, y + picture.height + 2), caption, _INK, small)
+
+
+def _pitch(tile: Image.Image) -> int:
+    """From one picture's left edge to the next one's; a caption fits below a narrow one."""
+    return max(tile.width, 64) + _GAP

@@ -233,7 +233,7 @@ def _hot_pixels(x: Tensor, amount: Tensor, dice: "_Dice") -> Tensor:
 
 
 def _noise(x: Tensor, amount: Tensor, dice: "_Dice") -> Tensor:
-    return x + amount * dice.normal(*x.shape[1:])
+    return dice.normal(*x.shape[1:]).mul_(amount).add_(x)
 
 
 def _blur(x: Tensor, amount: Tensor, dice: "_Dice") -> Tensor:
@@ -452,11 +452,11 @@ class _Dice:
 
 def _mix(x: Tensor) -> Tensor:
     """int32 in, well mixed int32 of the same shape out; products wrap around."""
-    x = x ^ ((x >> 16) & 0xFFFF)
+    x = (x >> 16).bitwise_and_(0xFFFF).bitwise_xor_(x)
     x.mul_(0x7FEB352D)
-    x.bitwise_xor_((x >> 15) & 0x1FFFF)
+    x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF))
     x.mul_(0x846CA68B - 2**32)
-    return x.bitwise_xor_((x >> 16) & 0xFFFF)
+    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
 
 
 def _to_float(images: Tensor) -> Tensor:
