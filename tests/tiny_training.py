@@ -60,7 +60,13 @@ class Seen:
     resumed_at: int | None = None
 
     def watcher(self) -> Watcher:
-        return Watcher(self._step, self.epochs.append, self._resumed, self.notes.append)
+        return Watcher(
+            self._step,
+            self.epochs.append,
+            self._resumed,
+            self.notes.append,
+            lambda parts, count: parts,
+        )
 
     def _step(
         self, step: int, steps: int, loss: float, rate: float, parts: dict[str, float]

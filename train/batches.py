@@ -74,27 +74,36 @@ class Store(Protocol):
         ...
 
 
+class Shared:
+    """An array on disk that another process opens itself, rather than being sent its content."""
+
+    def __init__(self, array: Images) -> None:
+        self.array = array
+
+    def __getitem__(self, rows: Ints) -> Images:
+        return np.asarray(self.array[rows])
+
+    def __reduce__(self) -> tuple[object, ...]:
+        array = self.array
+        if not isinstance(array, np.memmap):
+            return Shared, (array,)
+        return _reopened, (array.filename, array.dtype.str, array.offset, array.shape)
+
+
+def _reopened(path: str, dtype: str, offset: int, shape: tuple[int, ...]) -> Shared:
+    return Shared(np.memmap(path, dtype, "r", offset, shape))
+
+
 class Pictures:
     """Pixels ``[M, H, W, C]``, usually a memory map: each batch reads what it needs."""
 
     moved = False
 
     def __init__(self, pixels: npt.NDArray[np.uint8]) -> None:
-        self.pixels = pixels
+        self.pixels = Shared(pixels)
 
     def read(self, rows: Ints, moves: Ints) -> Images:
-        return np.asarray(self.pixels[rows])
-
-    def __reduce__(self) -> tuple[object, ...]:
-        """A loading process opens the file itself, rather than being sent its content."""
-        if not isinstance(self.pixels, np.memmap):
-            return Pictures, (self.pixels,)
-        array = self.pixels
-        return _reopened, (array.filename, array.dtype.str, array.offset, array.shape)
-
-
-def _reopened(path: str, dtype: str, offset: int, shape: tuple[int, ...]) -> Pictures:
-    return Pictures(np.memmap(path, dtype, "r", offset, shape))
+        return self.pixels[rows]
 
 
 class Steps(Dataset[Drawn]):
@@ -113,6 +122,7 @@ class Steps(Dataset[Drawn]):
         seed: int,
     ) -> None:
         self.groups, self.store, self.seed = groups, store, seed
+        self.augment = augment
         self.options = [_options(kind, square) for kind in augment]
         self.degrade, self.classes = degrade, classes
         self.part = slice(distributed.rank(), None, distributed.size())
@@ -171,17 +181,15 @@ def _leave_interrupts_to_the_loop(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def to_batch(
-    drawn: Drawn, device: Device, augment: tuple[Augmentation, ...], *, moved: bool
-) -> Batch:
-    """``drawn`` on the device, turned and degraded there."""
+def to_batch(drawn: Drawn, steps: Steps, device: Device) -> Batch:
+    """What ``steps`` have drawn on the device, turned and degraded there."""
     on = Drawn(*(tensor.to(device.torch, non_blocking=True) for tensor in drawn))
     images = on.images
-    if moved:
+    if steps.store.moved:
         # Channels last on disk as in memory; float32 unless autocast wants it otherwise.
         images = images.float().permute(0, 3, 1, 2)
     else:
-        images = move(images, augment, on.moves)
+        images = move(images, steps.augment, on.moves)
         photos = torch.nonzero(drawn.photos >= 0).flatten()
         if len(photos):
             images = images.clone()

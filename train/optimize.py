@@ -3,6 +3,7 @@
 It does not know images, epochs or scores.
 """
 
+import contextlib
 import math
 from collections.abc import Mapping
 
@@ -13,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from runtime.errors import RecipeError
 from runtime.recipe import Schedule
 from train import distributed
+from train.cut import Cut, skipping
 from train.device import Device
 from train.model import ImageClassifier, freeze_modules
 from train.objective import Batch, Objective
@@ -58,7 +60,12 @@ class Optimization:
     """All that moves, by name."""
 
     def __init__(
-        self, objective: Objective, schedule: Schedule, extra_rate: float | None, device: Device
+        self,
+        objective: Objective,
+        schedule: Schedule,
+        extra_rate: float | None,
+        device: Device,
+        cut: Cut | None,
     ) -> None:
         named = {n: p for n, p in objective.model.named_parameters() if p.requires_grad}
         extra = {f"extra.{n}": p for n, p in objective.extra_parameters()}
@@ -74,11 +81,26 @@ class Optimization:
             weight_decay=schedule.weight_decay,
         )
         self.scaler = torch.amp.GradScaler(device.kind, enabled=device.precision == torch.float16)
-        self.device = device
+        self.device, self.model, self.cut = device, objective.model, cut
         self.objective: nn.Module = objective
         if distributed.size() > 1:
             # Buffers are frozen statistics, the same everywhere.
             self.objective = DistributedDataParallel(objective, broadcast_buffers=False)
+
+    def compile(self, batch: Batch) -> str:
+        """Compile the network; returns what became of it. Without a compiler it runs as it is.
+
+        Torch finds out what it lacks only when a batch has passed, forwards and back.
+        """
+        self.model.compile()
+        try:
+            loss, _ = self._forward(batch, 0.0)
+            loss.backward()  # type: ignore[no-untyped-call]
+        except Exception as error:
+            self.model._compiled_call_impl = None
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            return f"compile: going on without, torch.compile says: {first[:200]}"
+        return "compile: the network is compiled"
 
     def step(
         self, batch: Batch, progress: float, rate: float
@@ -88,11 +110,16 @@ class Optimization:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["peak"]
         self.optimizer.zero_grad(set_to_none=True)
-        with self.device.autocast():
-            loss, parts = self.objective(batch, progress)
-        self.scaler.scale(loss).backward()
+        loss, parts = self._forward(batch, progress)
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.scaler.unscale_(self.optimizer)
         torch.nn.utils.clip_grad_norm_(list(self.trained.values()), CLIP_NORM)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return loss.detach(), parts
+
+    def _forward(self, batch: Batch, progress: float) -> tuple[Tensor, Mapping[str, Tensor]]:
+        shorter = skipping(self.model, self.cut) if self.cut else contextlib.nullcontext()
+        with shorter, self.device.autocast():
+            loss, parts = self.objective(batch, progress)
+        return loss, parts

@@ -15,20 +15,8 @@ from torch import Tensor
 
 from runtime import atomic
 from train import distributed
+from train.history import Epoch
 from train.optimize import Optimization
-
-
-class Epoch(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of the history."""
-
-    epoch: int
-    loss: float
-    score: float | None
-    """Of the weights after it on validation images; None where nothing can tell."""
-    parts: dict[str, float]
-    """The mean over its steps of what the objective showed, by name."""
-    seconds: float
-    """Since the start of the training, interruptions left out."""
 
 
 class State(msgspec.Struct, kw_only=True):

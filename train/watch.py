@@ -3,10 +3,11 @@
 It gets numbers and words only and does not know the model.
 """
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from train import console, distributed
-from train.finetune import Epoch, Watcher
+from train.history import Epoch, Watcher
 
 
 class Watched:
@@ -25,7 +26,7 @@ class Watched:
     def __enter__(self) -> Watcher:
         self.bar.start()
         self.task = self.bar.add_task(self.label, total=None, note="")
-        return Watcher(self._step, self._epoch, self._resumed, self._note)
+        return Watcher(self._step, self._epoch, self._resumed, self._note, self._track)
 
     def __exit__(self, *error: object) -> None:
         self.bar.stop()
@@ -37,6 +38,13 @@ class Watched:
 
     def _note(self, text: str) -> None:
         console.say(f"{self.label}: {text}")
+
+    def _track(self, parts: Iterable[int], count: int) -> Iterator[int]:
+        task = self.bar.add_task("activations of frozen stages", total=count, note="")
+        for part in parts:
+            yield part
+            self.bar.advance(task)
+        self.bar.remove_task(task)
 
     def _step(
         self, step: int, steps: int, loss: float, rate: float, parts: dict[str, float]
