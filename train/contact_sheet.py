@@ -52,8 +52,8 @@ def run(options: argparse.Namespace) -> int:
     """Draw the sheet that ``options`` ask for and return the exit code."""
     write_contact_sheet(options.image, options.out, seed=options.seed)
     console.say(
-        f"wrote {options.out}; next: give [train.augment] degrade in a recipe to train with such "
-        "pictures, or compare with your own field images"
+        f"wrote {options.out}; next: compare with your field images; to train with field photos, "
+        'set degrade in [train] of a recipe, or target = "simulated" in [data]'
     )
     return 0
 

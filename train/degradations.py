@@ -565,8 +565,9 @@ degrade at the sensor's resolution where that can be had.
 _PAGE_END = """
 ## The field photo
 
-One random composition, harsh on purpose, for augmentation and for `target = "simulated"`. U is
-uniform, lengths are for a side of 300 pixels, the order is this:
+One random composition, harsh on purpose, for augmentation (`degrade` in `[train]`) and for the
+simulated target (`target = "simulated"` in `[data]`). U is uniform, lengths are for a side of 300
+pixels, the order is this:
 
 1. probability .6: Gaussian blur, standard deviation U(.8, 3) pixels;
 2. exposure U(.55, 1.15) with a gradient of U(.3, 1) across the picture, in any direction;
