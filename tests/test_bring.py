@@ -51,9 +51,8 @@ def brought(
     *,
     model: ModelSettings = RESNET,
     spec: InputSpec = SPEC,
-    classes: tuple[str, ...] | None = None,
 ) -> Brought:
-    return bring(SourceSettings(checkpoint=str(path), classes=names), model, spec, classes)
+    return bring(SourceSettings(checkpoint=str(path), classes=names), model, spec)
 
 
 def refused(path: Path, names: tuple[str, ...] = NAMES, **options: Any) -> str:
@@ -245,12 +244,6 @@ def test_the_list_of_classes_must_describe_the_outputs(resnet: Path) -> None:
     assert "does not carry the names of its classes; list them in the order of its outputs" in words
     words = refused(resnet, ("good", "broken"))
     assert "has 3 outputs, the list has 2 (good, broken)" in words
-
-
-def test_a_class_of_the_data_must_be_known(resnet: Path) -> None:
-    words = refused(resnet, classes=("brocken", "good"))
-    assert "does not know the data's 'brocken' (did you mean 'broken'?)" in words
-    assert "it knows: good, broken, dirty" in words
 
 
 @pytest.mark.parametrize("real", ["resnet34", "mobilenetv2_100"])

@@ -3,7 +3,6 @@
 It does not know images; what does not fit the recipe is explained before any of them is opened.
 """
 
-import difflib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -42,18 +41,16 @@ def bring(
     settings: SourceSettings,
     model: ModelSettings,
     spec: InputSpec,
-    classes: tuple[str, ...] | None,
 ) -> Brought:
     """Read ``[source] checkpoint`` as a network of ``[model] architecture`` for ``[input]``.
 
     It is fieldfit's own, or a state dict (torch or safetensors) of a whole classifier by timm's
     names, or of an ImageClassifier; one that ends in one sigmoid output becomes two logits,
-    ``[0, z]`` for the first and the second name listed. ``classes`` are those that the data
-    names; None where no image has a label.
+    ``[0, z]`` for the first and the second name listed.
 
     Raises DataError if the file is missing, damaged, would run code, has no linear classifier, is
-    of another architecture or input, or lacks a class of the data; RecipeError if
-    ``[source] classes`` is missing or does not describe it.
+    of another architecture or input; RecipeError if ``[source] classes`` is missing or does not
+    describe it.
     """
     assert settings.checkpoint is not None
     path = Path(settings.checkpoint)
@@ -63,7 +60,6 @@ def bring(
         network, names, note = _own(path, settings.classes, model, spec)
     else:
         network, names, note = _of_others(path, settings.classes, model, spec)
-    _check_classes(path, names, classes or ())
     order = sorted(names)
     rows = [names.index(name) for name in order]
     head = network.head
@@ -162,18 +158,6 @@ def _classifier(
         )
     bias = left.get(f"{found[0]}.bias")
     return weight, torch.zeros(len(weight)) if bias is None else bias
-
-
-def _check_classes(path: Path, known: tuple[str, ...], named: tuple[str, ...]) -> None:
-    strange = []
-    for name in sorted(set(named) - set(known)):
-        close = difflib.get_close_matches(name, known, n=1)
-        strange.append(f"{name!r}" + (f" (did you mean {close[0]!r}?)" if close else ""))
-    if strange:
-        raise DataError(
-            f"{path}: does not know the data's {', '.join(strange)}; it knows: {', '.join(known)}; "
-            "rename the data's classes, or correct [source] classes"
-        )
 
 
 def _toml(value: object) -> str:

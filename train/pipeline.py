@@ -16,7 +16,7 @@ from runtime.dataset import Dataset, Split, write_dataset
 from runtime.recipe import Recipe
 from runtime.version import __version__
 from train import console, distributed
-from train.bring import classes_of
+from train.bring import Brought, bring
 from train.checkpoint import CheckpointFacts, write_checkpoint
 from train.data import prepare
 from train.device import choose_device
@@ -40,9 +40,10 @@ def train(recipe: Recipe) -> tuple[Training, bool]:
     """
     start = time.monotonic()
     folder = recipe.build / "train"
+    brought = _bring(recipe)  # before any image is opened: what does not fit shows at once
     with distributed.main_first():  # the others find its caches
         dataset = prepare(
-            recipe, cache=CACHE, known=_known_classes(recipe), track=_track("reading images"),
+            recipe, cache=CACHE, known=brought.classes if brought else (), track=_track("reading images"),
             draw=_track("simulating field photos"),
         )  # fmt: skip
     if distributed.main():
@@ -55,7 +56,7 @@ def train(recipe: Recipe) -> tuple[Training, bool]:
     console.say(f"training on {device.reason}")
     torch.manual_seed(recipe.seed)  # weights = "random"
     material = Material(recipe, dataset, device, folder, key)
-    source, made = source_model(material)
+    source, made = source_model(material, brought)
     climb = Ladder(material, source, made.seconds, ClimbTable(recipe.train.metric)).climb()
     training = _record(material, made, climb, start)
     if distributed.main():
@@ -64,9 +65,10 @@ def train(recipe: Recipe) -> tuple[Training, bool]:
     return training, True
 
 
-def _known_classes(recipe: Recipe) -> tuple[str, ...]:
-    """Those of a brought checkpoint, () without one: the data's classes must be among them."""
-    return () if recipe.source.checkpoint is None else classes_of(recipe.source)
+def _bring(recipe: Recipe) -> Brought | None:
+    if recipe.source.checkpoint is None:
+        return None
+    return bring(recipe.source, recipe.model, recipe.input)
 
 
 def _write(material: Material, climb: Climb, training: Training) -> Training:

@@ -62,8 +62,8 @@ class Point(NamedTuple):
 
     epoch: int
     loss: float
-    score: float
-    """On validation images; higher is better."""
+    score: float | None
+    """On validation images, higher is better; None where nothing can tell."""
     parts: Mapping[str, float]
     """Parts of the loss and what else was watched, by name."""
 
@@ -201,16 +201,24 @@ def write_curves(path: Path, histories: Mapping[str, Sequence[Point]], *, metric
             row[0].plot(epochs, [point.loss for point in points], ".-", color=BLUE)
             row[0].set_title("loss")
             row[0].set_ylabel(name, weight="bold")
-            row[1].plot(epochs, [point.score for point in points], ".-", color=GREEN)
-            best = max(points, key=lambda point: point.score)
-            row[1].plot(best.epoch, best.score, "o", color=GREEN, ms=8, mfc="none")
-            row[1].set_title(f"{metric}, best {best.score:.3f}")
+            _draw_scores(row[1], points, metric)
             _draw_parts(row[2], points)
         for panel in grid.flat:
             panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         for panel in grid[-1]:
             panel.set_xlabel("epoch")
         _save(figure, path)
+
+
+def _draw_scores(panel: Axes, points: Sequence[Point], metric: str) -> None:
+    """Hidden where nothing could tell a good epoch."""
+    scored = [(point.epoch, point.score) for point in points if point.score is not None]
+    panel.set_visible(bool(scored))
+    if scored:
+        panel.plot(*zip(*scored, strict=True), ".-", color=GREEN)
+        epoch, best = max(scored, key=lambda one: one[1])
+        panel.plot(epoch, best, "o", color=GREEN, ms=8, mfc="none")
+        panel.set_title(f"{metric}, best {best:.3f}")
 
 
 def _draw_parts(panel: Axes, points: Sequence[Point]) -> None:

@@ -6,7 +6,6 @@ rung does not know whether its candidate is any good (train/gate) nor when it is
 (train/ladder).
 """
 
-import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from runtime import metrics
-from runtime.recipe import Recipe, TrainSettings
+from runtime.recipe import Recipe, Schedule, TrainSettings
 from train import console
 from train.adversarial import make_objective
 from train.coral import recolour
@@ -147,7 +146,8 @@ def _kept_targets(source: Source, rows: Ints, labels: Ints, classes: int) -> Flo
 def fine_tuning(material: Material, source: Source, start: Head) -> tuple[ImageClassifier, Details]:
     """Rung 2: the network at a low rate, from the source's backbone and the head ``start``."""
     settings = material.recipe.train.fine_tuning
-    way, notes = settings.against_forgetting, ()
+    way: str = settings.against_forgetting
+    notes: tuple[str, ...] = ()
     if way == "replay" and not material.has_source:
         way, notes = "lwf", ("no source images to replay: the source model's answers are kept",)
     model = with_head(material.recipe, source.model, start)
@@ -182,6 +182,7 @@ def adversarial(
     history = _tune(
         material, "adversarial", objective, [g for g in groups if g.share], settings,
         min_steps=1, tune=(), decisive=known > 0,
+        extra_rate=settings.discriminator_learning_rate,
     )  # fmt: skip
     return model.eval(), Details(method=settings.method, history=history)
 
@@ -230,11 +231,12 @@ def _tune(
     name: str,
     objective: Objective,
     groups: list[Group],
-    schedule: msgspec.Struct,
+    schedule: Schedule,
     *,
     min_steps: int,
     tune: tuple[str, ...],
     decisive: bool,
+    extra_rate: float | None = None,
 ) -> History:
     recipe = material.recipe
     with Watched(name, recipe.train.metric, material.log(name)) as watch:
@@ -243,7 +245,8 @@ def _tune(
             min_steps=min_steps, tune=tune, seed=recipe.seed, key=f"{name} {material.key}",
             state_path=material.folder / f"resume-{name}.safetensors", device=material.device,
             images_sha256=material.images_sha256, cache=CACHE,
-            validate=_validation(material) if decisive else _keep_last(), watch=watch,
+            validate=_validation(material) if decisive else None, watch=watch,
+            extra_rate=extra_rate,
         )  # fmt: skip
 
 
@@ -269,12 +272,6 @@ def _validation(material: Material) -> Callable[[ImageClassifier], float]:
         return float(np.nanmean(values))
 
     return validate
-
-
-def _keep_last() -> Callable[[ImageClassifier], float]:
-    """Without field labels nothing can tell a good epoch: each counts as better than the last."""
-    count = itertools.count()
-    return lambda model: float(next(count))
 
 
 def interpolate(

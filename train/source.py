@@ -11,43 +11,48 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from runtime.recipe import Recipe
 from runtime.version import __version__
 from train import console, distributed, store
-from train.bring import bring
+from train.bring import Brought
 from train.finetune import Group, History, fine_tune
 from train.gate import metric_value
-from train.head import Head, fit_head, log_loss
+from train.head import Features, Head, fit_head, log_loss
 from train.material import CACHE, Material
 from train.model import ImageClassifier, build_model
 from train.objective import SOURCE, TaskLoss
 from train.rungs import head_of, share_settings, with_head
 from train.watch import Watched
 
+Ints = npt.NDArray[np.int64]
+
 
 class SourceRecord(msgspec.Struct, frozen=True, kw_only=True):
     """How the source model came to be."""
 
     origin: str
-    """``trained``, or the checkpoint that was brought."""
+    """``trained``, or what is known of the checkpoint that was brought."""
     seconds: float
     head_l2: float | None = None
     history: History | None = None
 
 
-def source_model(material: Material) -> tuple[ImageClassifier, SourceRecord]:
-    """The source model, in eval mode on the CPU; trained once for each content and kept.
+def source_model(
+    material: Material, brought: Brought | None
+) -> tuple[ImageClassifier, SourceRecord]:
+    """The source model, in eval mode on the CPU: ``brought``, or trained once for each content.
 
     Raises RecipeError or DataError for what the user can mend.
     """
     recipe = material.recipe
+    if brought is not None:
+        console.say(brought.note)
+        return brought.model, SourceRecord(origin=brought.note, seconds=0.0)
     model = build_model(
         msgspec.structs.replace(recipe.model, weights="random"), recipe.input, material.classes
     )
-    if recipe.source.checkpoint is not None:
-        brought = bring(recipe.source, recipe.model, recipe.input, material.dataset.classes)
-        return brought.model, SourceRecord(origin=recipe.source.checkpoint, seconds=0.0)
     key = source_key(material)
     path = CACHE / f"source-{key[:32]}.safetensors"
     known = store.recall(path, key, model, SourceRecord)
@@ -118,7 +123,7 @@ def _train(material: Material) -> tuple[ImageClassifier, SourceRecord]:
 
 
 def _starting_head(
-    material: Material, features: np.ndarray, rows: np.ndarray, validation: np.ndarray
+    material: Material, features: Features, rows: Ints, validation: Ints
 ) -> tuple[float, Head]:
     """Of the penalties to try, the head with the least log-loss on source validation images."""
     labels = material.labels
