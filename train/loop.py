@@ -75,21 +75,23 @@ class Training:
         """Make the steps that are left, or as many as patience allows."""
         state, course = self.state, self.course
         started, saved = time.monotonic() - state.seconds, time.monotonic()
+        alone, stop = distributed.size() == 1, False
         with _interruptible() as interrupted:
             for drawn in load(steps, state.step, course.steps, device):
-                if self._out_of_patience():
+                if stop or self._out_of_patience():
                     break
                 torch.manual_seed(_dropout_seed(steps.seed, state.step))
                 batch = to_batch(drawn, steps, device)
-                stop = self._step(batch, interrupted())
+                stop = self._step(batch, interrupted()) or (alone and interrupted())
                 state.seconds = time.monotonic() - started
                 if state.step % course.per_epoch == 0 or state.step == course.steps:
                     self._end_epoch()
-                if stop or time.monotonic() - saved > save_every_s:
+                if time.monotonic() - saved > save_every_s:
                     save()
                     saved = time.monotonic()
-                if stop:
-                    raise KeyboardInterrupt
+            if stop or interrupted():
+                save()
+                raise KeyboardInterrupt
 
     def _step(self, batch: Batch, interrupted: bool) -> bool:
         """Make a step and count it; returns whether any process was interrupted."""
