@@ -199,9 +199,7 @@ def test_the_best_epoch_is_kept_and_patience_ends_the_training(tmp_path: Path) -
         weights.append(model.head.weight.detach().clone())
         return [0.5, 0.6, 0.9, 0.8, 0.7][len(weights) - 1]
 
-    objective, history = train(
-        tmp_path, validate=validate, schedule={"epochs": 9, "patience": 2}
-    )
+    objective, history = train(tmp_path, validate=validate, schedule={"epochs": 9, "patience": 2})
     assert history.kept_epoch == 2
     assert (history.start_score, len(history.epochs)) == (0.5, 4)
     assert (history.steps, history.planned_steps) == (16, 36)
@@ -288,7 +286,9 @@ def test_patience_is_not_forgotten_over_an_interruption(tmp_path: Path) -> None:
     seen = Seen()
     _, history = train(tmp_path, seen, validate=scores(), schedule=schedule)
     assert seen.steps == []
-    assert history.reason == "no better score in 2 epochs; the start is kept, no epoch scored better"
+    assert (
+        history.reason == "no better score in 2 epochs; the start is kept, no epoch scored better"
+    )
 
 
 def test_a_state_of_another_run_or_a_damaged_one_is_not_used(tmp_path: Path) -> None:
