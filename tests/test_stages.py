@@ -1,4 +1,4 @@
-"""Kept activations of frozen stages: the same training, found to be possible or refused with why."""
+"""Kept activations of frozen stages: the same training, or refused with the reason."""
 
 import os
 import signal

@@ -5,6 +5,7 @@ It does not know images, epochs or scores.
 
 import contextlib
 import math
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -84,8 +85,10 @@ class Optimization:
         self.device, self.model, self.cut = device, objective.model, cut
         self.objective: nn.Module = objective
         if distributed.size() > 1:
-            # Buffers are frozen statistics, the same everywhere.
-            self.objective = DistributedDataParallel(objective, broadcast_buffers=False)
+            with warnings.catch_warnings():  # newer versions of torch have another word for it
+                warnings.simplefilter("ignore", FutureWarning)
+                # Buffers are frozen statistics, the same everywhere.
+                self.objective = DistributedDataParallel(objective, broadcast_buffers=False)
 
     def compile(self, batch: Batch) -> str:
         """Compile the network; returns what became of it. Without a compiler it runs as it is.
