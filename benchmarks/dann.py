@@ -109,7 +109,7 @@ def measure(options: Options) -> Report:
     # One process for each core: the network is too small for two threads to pay.
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         accuracies = dict(zip(runs, pool.map(train, runs), strict=True))
-    return _report(accuracies, _step_times(quick=options.quick))
+    return report(accuracies, _step_times(quick=options.quick))
 
 
 def blended_digits() -> Shift:
@@ -121,7 +121,7 @@ def blended_digits() -> Shift:
     digits, labels = _mnist()
     rng = np.random.default_rng(0)
     photos = list(_photos())
-    blends = np.stack([_blend(digit, photos[rng.integers(len(photos))], rng) for digit in digits])
+    blends = np.stack([blend(digit, photos[rng.integers(len(photos))], rng) for digit in digits])
     colour = np.repeat(digits[..., None], 3, axis=3)
     train, test = slice(TEST, None), slice(TEST)
     return Shift(
@@ -160,19 +160,22 @@ def _mnist() -> tuple[UInt8, Ints]:
 
 def _table(package: str, file: str) -> Ints:
     """Rows of whole numbers: the pixels of an image, then its label."""
-    lines = gzip.decompress(_installed(package, file).read_bytes()).decode().splitlines()
+    lines = gzip.decompress(installed(package, file).read_bytes()).decode().splitlines()
     return np.loadtxt(lines, delimiter=",").astype(np.int64)
 
 
 def _photos() -> Iterator[UInt8]:
     for package, (folder, names) in PHOTOS.items():
         for name in names:
-            with Image.open(_installed(package, f"{folder}/{name}")) as photo:
+            with Image.open(installed(package, f"{folder}/{name}")) as photo:
                 yield np.asarray(photo.convert("RGB"))
 
 
-def _installed(package: str, file: str) -> Path:
-    """A data file of ``package``, without importing that package and all that it needs."""
+def installed(package: str, file: str) -> Path:
+    """A data file of ``package``, without importing that package and all that it needs.
+
+    Raises DataError if it is not there.
+    """
     spec = importlib.util.find_spec(package)
     path = Path(*(spec and spec.submodule_search_locations) or ["."], file)
     if spec is None or not path.is_file():
@@ -180,11 +183,12 @@ def _installed(package: str, file: str) -> Path:
     return path
 
 
-def _blend(digit: UInt8, photo: UInt8, rng: np.random.Generator) -> UInt8:
+def blend(digit: UInt8, photo: UInt8, rng: np.random.Generator) -> UInt8:
+    """The absolute difference of a digit ``[28, 28]`` and a random crop of a photograph."""
     top, left = (rng.integers(size - SIDE + 1) for size in photo.shape[:2])
     crop = photo[top : top + SIDE, left : left + SIDE].astype(np.int16)
-    blend: UInt8 = np.abs(crop - digit[..., None]).astype(np.uint8)
-    return blend
+    difference: UInt8 = np.abs(crop - digit[..., None]).astype(np.uint8)
+    return difference
 
 
 def train(run: Run) -> float:
@@ -360,7 +364,8 @@ def _step_times(*, quick: bool) -> dict[str, Times]:
         torch.set_num_threads(threads)
 
 
-def _report(accuracies: dict[Run, float], times: dict[str, Times]) -> Report:
+def report(accuracies: dict[Run, float], times: dict[str, Times]) -> Report:
+    """Both tables; each adapted run is compared with the source-only run of its seed."""
     found = {
         name: {
             method: [

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
-from benchmarks import harness, quality
+from benchmarks import dann, harness, quality
 from benchmarks.harness import Clocks, Record, Report, Spread, Table
 from benchmarks.run import find, main
+from runtime.errors import DataError
 
 
 class Clock:
@@ -137,7 +139,7 @@ def test_every_benchmark_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> N
         main(["--help"])
 
     shown = capsys.readouterr().out
-    assert {"inference", "features", "quality"} <= set(find())
+    assert {"dann", "inference", "features", "quality"} <= set(find())
     for name, module in find().items():
         assert f"  {name} " in shown
         assert (module.__doc__ or "").splitlines()[0] in shown
@@ -240,3 +242,45 @@ def test_wilson_interval() -> None:
     low, high = quality.wilson(81 / 263, 263)
 
     assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
+
+
+def test_digits_that_are_not_installed_name_the_way_out() -> None:
+    with pytest.raises(DataError, match=r"run pip install 'fieldfit\[bench\]'"):
+        dann.installed("no_such_package", "digits.csv.gz")
+    with pytest.raises(DataError, match=r"numpy: digits.csv.gz is not installed"):
+        dann.installed("numpy", "digits.csv.gz")
+
+
+def test_a_blend_is_the_difference_of_photograph_and_digit() -> None:
+    photo = np.full((dann.SIDE, dann.SIDE, 3), (10, 100, 200), dtype=np.uint8)
+    digit = np.zeros((dann.SIDE, dann.SIDE), dtype=np.uint8)
+    digit[5, 6] = 255
+
+    blended = dann.blend(digit, photo, np.random.default_rng(0))
+
+    assert blended[5, 6].tolist() == [245, 155, 55]
+    assert blended[0, 0].tolist() == [10, 100, 200]
+
+
+def test_gains_of_adaptation_are_taken_seed_by_seed_and_held_to_the_bars() -> None:
+    accuracies = {
+        dann.Run(shift, seed, method, 0): 0.5 + 0.1 * seed + better
+        for shift, gain in zip(dann.SHIFTS, (0.09, 0.07), strict=True)
+        for method, better in zip(dann.METHODS, (0.0, gain, 0.2), strict=True)
+        for seed in range(3)
+    }
+    times = {
+        name: harness.Times(cpu=[passes / 2, passes * 2.0])
+        for name, (passes, _) in dann.FORMS.items()
+    }
+
+    digits, step = dann.report(accuracies, times).tables
+
+    photographs, small = dann.SHIFTS
+    assert digits.rows[1] == (
+        photographs, "DANN", "69.0 ± 10.0", "9.0 ± 0.0", "+9.0, +9.0, +9.0",
+    )  # fmt: skip
+    assert f"{photographs}, DANN: holds" in digits.notes[0]
+    assert f"{small}, DANN: does not hold; {small}, CDAN: holds" in digits.notes[0]
+    assert step.rows[-1][-1] == "0.250 (0.250 to 0.250)"
+    assert "The bar of 0.6 holds" in step.notes[0]
