@@ -124,9 +124,9 @@ def test_a_model_that_names_one_class_is_refused() -> None:
     assert "of the field images, expected 50%" in result.reason
 
 
-def test_a_moved_threshold_is_not_held_to_the_source_s() -> None:
+def test_prior_matching_is_not_held_to_the_source_s_threshold() -> None:
     assert not verdict(GOOD, changed(30)).passed
-    assert verdict(GOOD, changed(30), threshold_only=True).passed
+    assert verdict(GOOD, changed(30), guard_source=False).passed
 
 
 @pytest.mark.parametrize(("labels", "verified"), [(240, True), (50, True), (49, False)])

@@ -8,7 +8,7 @@ import functools
 import itertools
 import signal
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,7 @@ from train.objective import SOURCE, Batch
 
 Ints = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
-Images = npt.NDArray[np.generic]
+Images = npt.NDArray[Any]
 
 WORKERS = 4
 """Loading processes beside a GPU; on a CPU they would take the cores that train."""
@@ -133,7 +133,7 @@ class Steps(Dataset[Drawn]):
             for number, group in enumerate(self.groups)
         ]
 
-        def join(values: list[npt.NDArray[np.generic]]) -> npt.NDArray[np.generic]:
+        def join(values: list[npt.NDArray[Any]]) -> npt.NDArray[Any]:
             return np.concatenate(values)[self.part]
 
         domains = np.concatenate([np.full(len(at), group.domain) for group, at in drawn])

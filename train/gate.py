@@ -87,15 +87,16 @@ def judge(
     metric: Metric,
     *,
     twins: tuple[float, float] | None = None,
-    threshold_only: bool = False,
+    guard_source: bool = True,
     seed: int = 0,
 ) -> Verdict:
     """Whether ``candidate`` replaces ``kept``.
 
     The gain is against ``kept``, what must not be lost is against ``source_model``. ``twins`` are
     the shares of images that ``kept`` and the candidate answer like their degraded twins: the only
-    evidence where there are no field labels. ``threshold_only``: no weight was changed, so what
-    the source model knew is still there, and only the field is judged.
+    evidence where there are no field labels. ``guard_source=False`` is for prior matching, which
+    changes no weight and sets the threshold for the field alone: nothing is forgotten, and with
+    the source's own threshold the source's answers are what they were.
     """
     checks: list[Check] = []
     gain = None
@@ -111,8 +112,10 @@ def judge(
     else:
         checks.append(_evidence_check(candidate, kept, truth, budget, twins))
         verified = False
-    if truth.source is not None and not threshold_only:
-        checks += _retention(candidate, source_model, truth.source, budget)
+    if truth.source is not None and guard_source:
+        assert candidate.source is not None
+        assert source_model.source is not None
+        checks += retention(candidate.source, source_model.source, truth.source, budget)
     rates = class_rates(candidate.field.argmax(axis=1), candidate.field.shape[1])
     off = rates_off(rates, truth.expected, budget.max_rate_ratio)
     words = off or "predicted class rates as expected"
@@ -161,12 +164,12 @@ def _evidence_check(
     return Check(name=name, passed=False, words=words)
 
 
-def _retention(
-    candidate: Held, source_model: Held, labels: Ints, budget: LadderGate
-) -> list[Check]:
-    assert candidate.source is not None
-    assert source_model.source is not None
-    before, after = source_model.source, candidate.source
+def retention(after: Floats, before: Floats, labels: Ints, budget: LadderGate) -> list[Check]:
+    """What logits ``after [M, K]`` may have lost of ``before``, the source model's, on the source.
+
+    At most ``max_auc_drop`` of AUC, ``max_balanced_accuracy_drop`` at the thresholds that ship, and
+    ``max_negative_flips`` answers that were right.
+    """
     classes = before.shape[1]
     auc = [metrics.macro_auc(metrics.softmax(x), labels) for x in (before, after)]
     balanced = [

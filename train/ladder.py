@@ -13,10 +13,10 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from runtime.recipe import Strategy
+from runtime.recipe import Metric, Strategy
 from train import distributed, store
 from train.evaluate import Seen, SweptFeatures, look, pick, portrait, sweep
-from train.gate import FEW, Held, Truth, Verdict, judge, metric_value
+from train.gate import FEW, Held, Truth, Verdict, judge, metric_value, retention
 from train.head import Head
 from train.material import Material
 from train.model import ImageClassifier
@@ -209,7 +209,7 @@ class Ladder:
                 name, 0, model, self.first.seen, self.first.swept, head, details,
                 time.monotonic() - start,
             ),
-            threshold_only=True,
+            metric=_seen_by_threshold(self.settings.metric), guard_source=name == "threshold",
         )  # fmt: skip
 
     def _feature_extraction(self) -> None:
@@ -285,12 +285,14 @@ class Ladder:
             )
         )  # fmt: skip
 
-    def _judge(self, candidate: Candidate, *, threshold_only: bool = False) -> None:
+    def _judge(
+        self, candidate: Candidate, *, metric: Metric | None = None, guard_source: bool = True
+    ) -> None:
         material = self.material
         expected, _ = material.expected_rates()
         has_source = len(material.rows("source", "validation")) > 0
         twins = None
-        if not self._gate_labels() >= FEW and not threshold_only:
+        if self._gate_labels() < FEW and candidate.rung:
             candidate = self._swept(candidate)
             twins = self._twins(self.kept), self._twins(candidate)
         verdict = judge(
@@ -301,10 +303,8 @@ class Ladder:
                 expected,
             ),
             self.settings.gate,
-            # Moving the threshold changes no ranking: AUC would not see it.
-            "balanced-accuracy" if threshold_only and self.settings.metric == "auc"
-            else self.settings.metric,
-            twins=twins, threshold_only=threshold_only, seed=material.recipe.seed,
+            metric or self.settings.metric,
+            twins=twins, guard_source=guard_source, seed=material.recipe.seed,
         )  # fmt: skip
         if verdict.passed:
             self.kept = candidate
@@ -342,7 +342,21 @@ class Ladder:
         ]
         if not views:
             return np.zeros(self.material.classes)
-        return choose_offsets(views, self.settings.threshold)
+        allowed = self._keeps_source(head, seen) if len(views) > 1 else None
+        return choose_offsets(views, self.settings.threshold, allowed)
+
+    def _keeps_source(self, head: Head, seen: Seen) -> Callable[[Float64], bool]:
+        """Whether a threshold leaves the source what the gate demands, as far as one can.
+
+        The same ranking may keep or break it: the source has as much say in the threshold as the
+        field, and its owner would notice decisions that flip.
+        """
+        labels = self.material.labels[self.material.rows("source", "validation")]
+        before = self.first.head.logits(self.first.seen.views["source-validation"])
+        after = head.logits(seen.views["source-validation"])
+        return lambda offsets: all(
+            check.passed for check in retention(after + offsets, before, labels, self.settings.gate)
+        )
 
     def _gate_labels(self) -> int:
         return len(self.material.rows("target", "validation", labelled=True))
@@ -451,6 +465,11 @@ def _too_few(labels: int, least: int, one_class: bool) -> str | None:
     if labels < least:
         return f"needs {least} labelled field training images, got {labels}"
     return "needs labelled field training images of two classes" if one_class else None
+
+
+def _seen_by_threshold(metric: Metric) -> Metric:
+    """Moving the threshold changes no ranking: AUC would not see it."""
+    return "balanced-accuracy" if metric == "auc" else metric
 
 
 def _moved(head: Head, offsets: Float64) -> Head:

@@ -43,8 +43,8 @@ def train(recipe: Recipe) -> tuple[Training, bool]:
     brought = _bring(recipe)  # before any image is opened: what does not fit shows at once
     with distributed.main_first():  # the others find its caches
         dataset = prepare(
-            recipe, cache=CACHE, known=brought.classes if brought else (), track=_track("reading images"),
-            draw=_track("simulating field photos"),
+            recipe, cache=CACHE, known=brought.classes if brought else (),
+            track=_track("reading images"), draw=_track("simulating field photos"),
         )  # fmt: skip
     if distributed.main():
         write_dataset(folder / "images.json", dataset)

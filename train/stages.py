@@ -51,7 +51,7 @@ class Stages:
         self.cut, self.rows, self.maps, self.numbers = cut, rows, Shared(maps), numbers
         self.variants = len(maps) // len(rows)
 
-    def read(self, rows: Ints, moves: Ints) -> npt.NDArray[np.generic]:
+    def read(self, rows: Ints, moves: Ints) -> npt.NDArray[Any]:
         chosen = np.array([self.numbers[row.tobytes()] for row in moves], dtype=np.int64)
         return self.maps[np.searchsorted(self.rows, rows) * self.variants + chosen]
 

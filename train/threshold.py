@@ -4,7 +4,7 @@ An offset is added to a class's logit and ends up in the head's bias, so that ev
 golden sample and gate sees the decisions that ship. It knows logits, not images.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,11 @@ MIN_LABELS = 20
 """Labelled images below which a domain has no say in the threshold."""
 
 
-def choose_offsets(domains: Sequence[tuple[Floats, Ints]], aim: Threshold) -> Float64:
+def choose_offsets(
+    domains: Sequence[tuple[Floats, Ints]],
+    aim: Threshold,
+    allowed: Callable[[Float64], bool] | None = None,
+) -> Float64:
     """Offsets ``[K]`` that are best for ``aim`` on all ``domains``, each counting the same.
 
     A domain is logits ``[N, K]`` and labels ``[N]`` (-1 unknown). ``balanced-accuracy`` is the
@@ -30,6 +34,9 @@ def choose_offsets(domains: Sequence[tuple[Floats, Ints]], aim: Threshold) -> Fl
     are smoothed by a Gaussian kernel of Silverman's width, since the optimum of the raw counts
     jumps with single images (Fluss, Faraggi and Reiser 2005). Classes beyond two are taken in
     turn, each exactly, until nothing changes. The first class's offset is 0.
+
+    ``allowed`` says whether offsets ``[K]`` keep what must be kept; among those that do the best
+    is taken, and if none does the best of all.
     """
     classes = domains[0][0].shape[1]
     offsets = np.zeros(classes)
@@ -40,7 +47,7 @@ def choose_offsets(domains: Sequence[tuple[Floats, Ints]], aim: Threshold) -> Fl
     for _ in range(1 if classes == 2 else SWEEPS):
         before = offsets.copy()
         for index in range(1, classes):
-            offsets[index] = _best_offset(labelled, offsets, index, aim)
+            offsets[index] = _best_offset(labelled, offsets, index, aim, allowed)
         if np.allclose(before, offsets):
             break
     return offsets
@@ -90,7 +97,11 @@ def _needed(scores: Float64, offsets: Float64, index: int) -> tuple[Float64, Int
 
 
 def _best_offset(
-    domains: Sequence[tuple[Float64, Ints]], offsets: Float64, index: int, aim: Threshold
+    domains: Sequence[tuple[Float64, Ints]],
+    offsets: Float64,
+    index: int,
+    aim: Threshold,
+    allowed: Callable[[Float64], bool] | None,
 ) -> float:
     parts = []
     for scores, labels in domains:
@@ -112,7 +123,14 @@ def _best_offset(
     for start in range(0, len(needed), 4096):
         part = slice(start, start + 4096)
         value += _normal_cdf((grid[:, None] - needed[part]) / width) @ signs[part]
-    return float(grid[value.argmax()])
+    best_first = grid[np.argsort(-value, kind="stable")]
+    if allowed is not None:
+        trial = offsets.copy()
+        for offset in best_first:
+            trial[index] = offset
+            if allowed(trial):
+                return float(offset)
+    return float(best_first[0])
 
 
 def _normal_cdf(x: Float64) -> Float64:
