@@ -101,6 +101,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, done.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_train_to_the_weights_of_one(
     together: tuple[Path, str], tmp_path: Path
 ) -> None:
@@ -119,6 +120,7 @@ def test_two_processes_train_to_the_weights_of_one(
     assert all(torch.equal(both[0][n], both[1][n]) for n in alone)
 
 
+@pytest.mark.slow
 def test_every_process_gets_all_answers_and_one_writes_and_speaks(
     together: tuple[Path, str],
 ) -> None:
@@ -141,6 +143,7 @@ def test_every_process_gets_all_answers_and_one_writes_and_speaks(
     assert "spoken by 1" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("who", ["1", "01"])
 def test_a_failure_ends_all_processes_with_one_message(tmp_path: Path, who: str) -> None:
     done = torchrun(FAILING, tmp_path, who)

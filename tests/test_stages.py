@@ -96,7 +96,7 @@ def test_activations_are_computed_once_for_each_content(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes = []
-    real = stages_module.activations
+    real = activations
 
     def counted(*arguments: Any) -> torch.Tensor:
         passes.append(len(arguments[1]))
@@ -190,7 +190,7 @@ def test_an_interrupted_training_goes_on_from_kept_activations(tmp_path: Path) -
         if step == 5:
             os.kill(os.getpid(), signal.SIGINT)
 
-    keep = {"settings": {"cache_frozen": True, "augment": FLIPS}}
+    keep: dict[str, Any] = {"settings": {"cache_frozen": True, "augment": FLIPS}}
     whole, _ = train(tmp_path / "whole", **keep)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "parts", Seen(interrupt), **keep)
