@@ -16,7 +16,7 @@ from runtime.errors import RecipeError
 from tests.tiny_training import CPU, Seen, network, pictures, train
 from train import distributed
 from train.batches import Drawn, Pictures, Steps
-from train.device import threads
+from train.device import cores
 from train.features import compute_features, predict
 from train.objective import TaskLoss
 
@@ -196,8 +196,12 @@ def test_a_batch_with_fewer_images_than_processes_is_refused(
         train(tmp_path)
 
 
-def test_cores_are_shared_between_the_processes_of_a_machine() -> None:
-    cores = len(os.sched_getaffinity(0))
-    assert threads(1) == cores
-    assert threads(2) == max(1, cores // 2)
-    assert threads(1000) == 1
+def test_cores_are_shared_between_the_processes_of_a_machine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    alone = cores()
+    assert alone == len(os.sched_getaffinity(0))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert cores() == max(1, alone // 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
+    assert cores() == 1

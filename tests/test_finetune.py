@@ -334,6 +334,7 @@ def test_the_discriminator_learns_at_its_own_rate(tmp_path: Path) -> None:
     assert 0 <= history.epochs[-1].parts["discriminator accuracy"] <= 1
 
 
+@pytest.mark.slow
 def test_without_a_compiler_training_goes_on_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from runtime.recipe import Augmentation
 from train import distributed
 from train.degradations import field_photo
-from train.device import Device
+from train.device import Device, cores
 from train.objective import SOURCE, Batch
 
 Ints = npt.NDArray[np.int64]
@@ -27,7 +27,7 @@ Float32 = npt.NDArray[np.float32]
 Images = npt.NDArray[Any]
 
 WORKERS = 4
-"""Loading processes beside a GPU; on a CPU they would take the cores that train."""
+"""Loading processes beside a GPU, at most; on a CPU they would take the cores that train."""
 
 _MOVES, _ORDER, _PHOTOS = 1, 3, 2  # streams of random numbers, each of its own
 
@@ -171,7 +171,7 @@ def load(steps: Steps, first: int, end: int, device: Device) -> DataLoader[Drawn
         steps,
         batch_size=None,
         sampler=range(first, end),
-        num_workers=WORKERS if on_gpu else 0,
+        num_workers=min(WORKERS, cores()) if on_gpu else 0,
         pin_memory=on_gpu,
         worker_init_fn=_leave_interrupts_to_the_loop,
     )
@@ -201,12 +201,8 @@ def move(images: Tensor, kinds: tuple[Augmentation, ...], moves: Tensor) -> Tens
     """Flip and turn each image of ``[N, H, W, C]`` as its row of ``moves [N, M]`` says."""
     for kind, times in zip(kinds, moves.T, strict=True):
         if kind == "rotate-90":
-            turned = images.clone()
-            for quarter in (1, 2, 3):
-                chosen = torch.nonzero(times == quarter).flatten()
-                if len(chosen):
-                    turned[chosen] = torch.rot90(images[chosen], quarter, (1, 2))
-            images = turned
+            turned = torch.stack([torch.rot90(images, quarters, (1, 2)) for quarters in range(4)])
+            images = turned[times, torch.arange(len(images), device=images.device)]
         else:
             axis = 2 if kind == "flip-horizontal" else 1
             images = torch.where(times[:, None, None, None] > 0, images.flip(axis), images)

@@ -46,10 +46,10 @@ def reference_device(reason: str) -> Device:
     A GPU's mixed precision, and TensorFloat-32 without it, differ by more than export's parity
     check allows between a checkpoint and its graph.
     """
-    torch.set_num_threads(threads(int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    torch.set_num_threads(cores())
     return Device("cpu", torch.float32, f"CPU, {torch.get_num_threads()} threads ({reason})")
 
 
-def threads(processes: int) -> int:
-    """A process's share of the cores that it and its ``processes - 1`` equals may use."""
-    return max(1, len(os.sched_getaffinity(0)) // processes)
+def cores() -> int:
+    """This process's share of the cores it may use; a torchrun's processes here divide them."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
