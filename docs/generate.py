@@ -21,12 +21,14 @@ from export import table
 from export.release import Release
 from runtime import preprocess, recipe
 from runtime.recipe import Recipe
+from train.degradations import degradations_page
 
+MODULES = {"runtime.recipe": recipe, "runtime.preprocess": preprocess}
 DOCS = Path(__file__).resolve().parent
 BEGIN = "<!-- begin generated: make docs -->"
 END = "<!-- end generated -->"
 COMMANDS = (
-    ("train",), ("calibration",), ("export",),
+    ("train",), ("train", "degradations"), ("calibration",), ("export",),
     ("runtime",), ("runtime", "classify"), ("runtime", "verify"), ("runtime", "doctor"),
     ("runtime", "benchmark"),
 )  # fmt: skip
@@ -75,7 +77,8 @@ def commands_page() -> str:
         "one line that says what to do, 2 wrong usage, 130 interrupted.",
     ]
     for module, *verb in COMMANDS:
-        name = " ".join(["fieldfit", *verb]) if module == "runtime" else f"python -m {module}"
+        command = ["fieldfit"] if module == "runtime" else [f"python -m {module}"]
+        name = " ".join([*command, *verb])
         done = subprocess.run(
             [sys.executable, "-m", module, *verb, "--help"],
             capture_output=True,
@@ -107,7 +110,12 @@ def readme() -> str:
     return before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + after
 
 
-PAGES = {"docs/recipe.md": recipe_page, "docs/commands.md": commands_page, "README.md": readme}
+PAGES = {
+    "docs/recipe.md": recipe_page,
+    "docs/commands.md": commands_page,
+    "docs/degradations.md": degradations_page,
+    "README.md": readme,
+}
 
 
 def _table(struct: type, *, skip_tables: bool = False) -> list[str]:
@@ -147,7 +155,8 @@ def _values(kind: Any) -> str:
         return f"list of {len(arguments)}: {_values(arguments[0])}"
     if arguments:  # a union with None
         return " or ".join(_values(a) for a in arguments if a is not type(None))
-    return {int: "whole number", float: "number", str: "text"}.get(kind, str(kind))
+    words = {int: "whole number", float: "number", str: "text", bool: "`true` or `false`"}
+    return words.get(kind, str(kind))
 
 
 def _bounds(note: Any) -> str:
@@ -162,6 +171,8 @@ def _bounds(note: Any) -> str:
 def _toml(value: Any) -> str:
     if value is None:
         return "none"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
     if isinstance(value, tuple):
         return "`[" + ", ".join(_toml(v).strip("`") for v in value) + "]`"
     if isinstance(value, str):
@@ -170,11 +181,18 @@ def _toml(value: Any) -> str:
 
 
 def _attribute_docs(struct: type) -> dict[str, str]:
-    """The string under each attribute of a class: Python keeps none of them."""
-    module = {"runtime.recipe": recipe, "runtime.preprocess": preprocess}[struct.__module__]
+    """The string under each attribute of a class and its bases: Python keeps none of them."""
+    docs: dict[str, str] = {}
+    for base in reversed(struct.__mro__):
+        if base.__module__ in MODULES:
+            docs |= _own_attribute_docs(base)
+    return docs
+
+
+def _own_attribute_docs(struct: type) -> dict[str, str]:
     body = next(
         node.body
-        for node in ast.parse(inspect.getsource(module)).body
+        for node in ast.parse(inspect.getsource(MODULES[struct.__module__])).body
         if isinstance(node, ast.ClassDef) and node.name == struct.__name__
     )
     docs = {}
@@ -192,7 +210,7 @@ def _attribute_docs(struct: type) -> dict[str, str]:
 def _first(text: str | None) -> str:
     """A docstring on one line, with Markdown's single backticks."""
     words = re.sub(r"\s+", " ", (text or "").replace("``", "`")).strip()
-    words = re.sub(r"^`\[[a-z]+\]`: ", "", words)  # the heading says it already
+    words = re.sub(r"^`\[[a-z._]+\]`: ", "", words)  # the heading says it already
     return words[:1].upper() + words[1:]
 
 

@@ -150,8 +150,8 @@ def test_one_sigmoid_output_becomes_two_logits(tmp_path: Path) -> None:
     assert "has one output for two classes, the list has 1" in refused(path, ("good",))
 
 
-def test_classes_that_the_data_lacks_are_kept(resnet: Path) -> None:
-    assert brought(resnet, classes=("broken", "good")).classes == ("broken", "dirty", "good")
+def test_every_class_that_it_knows_is_kept(resnet: Path) -> None:
+    assert brought(resnet).classes == ("broken", "dirty", "good")
 
 
 # --- fieldfit's own checkpoint

@@ -24,7 +24,9 @@ def generate() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("page", ["docs/recipe.md", "docs/commands.md", "README.md"])
+@pytest.mark.parametrize(
+    "page", ["docs/recipe.md", "docs/commands.md", "docs/degradations.md", "README.md"]
+)
 def test_generated_pages_are_fresh(generate: ModuleType, page: str) -> None:
     assert (ROOT / page).read_text() == generate.PAGES[page](), "stale: run `make docs`"
 

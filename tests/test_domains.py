@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from PIL import Image
 
 from runtime.errors import DataError
-from runtime.recipe import DataSettings, Recipe
+from runtime.recipe import DataSettings, Recipe, parse_recipe
 from train import domains
 from train.data import prepare
 from train.domains import Listing, check_images, list_domain
@@ -61,13 +62,13 @@ def test_a_target_may_have_images_beside_the_class_folders(
     target = pictures(tmp_path / "target", {"bad": 2}, first=100)
     for number, file in enumerate(sorted((source / "good").iterdir())):
         Image.open(file).rotate(90).save(target / f"{number}.png")
-    dataset = prepare(recipe(source, target), cache=None)
+    dataset = prepare(recipe(source, target), cache=tmp_path / "cache")
     labels = Counter((e.domain, e.label) for e in dataset.examples)
     assert labels["target", None] == 6
     assert labels["target", "bad"] == 2
     assert dataset.label_index(dataset.select("target", "train")[0]) in (-1, 0)
     with pytest.raises(DataError, match="has no label; put it into the folder of its class"):
-        prepare(recipe(target), cache=None)
+        prepare(recipe(target), cache=tmp_path / "cache")
 
 
 def test_places_without_images(tmp_path: Path, pictures: WriteDomain) -> None:
@@ -168,7 +169,7 @@ def test_unreadable_images_are_set_aside(tmp_path: Path, pictures: WriteDomain) 
     source = pictures(tmp_path / "source", {"bad": 100, "good": 100}, size=16)
     (source / "bad" / "0003.png").write_bytes(b"")
     (source / "good" / "0007.png").write_bytes((source / "good" / "0007.png").read_bytes()[:90])
-    dataset = prepare(recipe(source), cache=None)
+    dataset = prepare(recipe(source), cache=tmp_path / "cache")
     assert [Path(s.path).name for s in dataset.set_aside] == ["0003.png", "0007.png"]
     assert dataset.set_aside[0].reason == "expected an image, got an empty file"
     assert len(dataset.examples) == 198
@@ -176,7 +177,7 @@ def test_unreadable_images_are_set_aside(tmp_path: Path, pictures: WriteDomain) 
     (source / "good" / "0008.png").mkdir()  # a folder is walked, not opened
     (source / "good" / "0009.png").write_text("garbage")
     with pytest.raises(DataError) as caught:
-        prepare(recipe(source), cache=None)
+        prepare(recipe(source), cache=tmp_path / "cache")
     assert "source: 3 of 199 images cannot be used, expected at most 1%" in str(caught.value)
     assert "0009.png: not an image" in str(caught.value)
 
@@ -187,7 +188,7 @@ def test_one_domain_s_good_images_do_not_excuse_the_other_s(
     source = pictures(tmp_path / "source", {"bad": 100, "good": 100}, size=16)
     target = write_csv(tmp_path / "target", "path,label\nmissing.png,good\n")
     with pytest.raises(DataError, match=r"target: 1 of 1 images .*\n.*missing\.png: cannot be"):
-        prepare(recipe(source, target), cache=None)
+        prepare(recipe(source, target), cache=tmp_path / "cache")
 
 
 def test_the_cache_opens_only_what_changed(tmp_path: Path, pictures: WriteDomain) -> None:
@@ -225,7 +226,7 @@ def test_the_cache_opens_only_what_changed(tmp_path: Path, pictures: WriteDomain
 def test_a_data_set_of_two_domains(tmp_path: Path, pictures: WriteDomain) -> None:
     source = pictures(tmp_path / "source", {"bad": 30, "good": 50})
     target = pictures(tmp_path / "target", {"bad": 10, "good": 20}, first=100)
-    dataset = prepare(recipe(source, target), cache=None)
+    dataset = prepare(recipe(source, target), cache=tmp_path / "cache")
     assert dataset.classes == ("bad", "good")
     assert dataset.field == "target"
     assert (dataset.set_aside, dataset.duplicates) == ((), ())
@@ -234,31 +235,31 @@ def test_a_data_set_of_two_domains(tmp_path: Path, pictures: WriteDomain) -> Non
     counts = Counter((e.domain, e.label, e.split) for e in dataset.examples)
     assert counts["source", "good", "test"] in (12, 13)
     assert counts["target", "bad", "validation"] == 1
-    assert prepare(recipe(source), cache=None).field == "source"
+    assert prepare(recipe(source), cache=tmp_path / "cache").field == "source"
 
 
 def test_moving_the_folder_changes_nothing(tmp_path: Path, pictures: WriteDomain) -> None:
     source = pictures(tmp_path / "one", {"bad": 10, "good": 10})
-    before = prepare(recipe(source), cache=None).sha256
+    before = prepare(recipe(source), cache=tmp_path / "cache").sha256
     for number, file in enumerate(sorted(source.rglob("*.png"), reverse=True)):
         file.rename(file.with_name(f"renamed-{number}.png"))
     moved = shutil.move(source, tmp_path / "other")
-    assert prepare(recipe(moved), cache=None).sha256 == before
+    assert prepare(recipe(moved), cache=tmp_path / "cache").sha256 == before
 
 
 def test_limit(tmp_path: Path, pictures: WriteDomain) -> None:
     source = pictures(tmp_path / "source", {"bad": 30, "good": 60})
-    dataset = prepare(recipe(source, limit=30), cache=None)
+    dataset = prepare(recipe(source, limit=30), cache=tmp_path / "cache")
     assert Counter(e.label for e in dataset.examples) == {"bad": 10, "good": 20}
     with pytest.raises(DataError, match=r"split; .* raise \[data\] limit"):
-        prepare(recipe(source, limit=2), cache=None)
+        prepare(recipe(source, limit=2), cache=tmp_path / "cache")
 
 
 def test_class_names_must_match(tmp_path: Path, pictures: WriteDomain) -> None:
     source = pictures(tmp_path / "source", {"defective": 5, "functional": 5})
     target = pictures(tmp_path / "target", {"defectiv": 5, "functional": 5, "x": 1}, first=100)
     with pytest.raises(DataError) as caught:
-        prepare(recipe(source, target), cache=None)
+        prepare(recipe(source, target), cache=tmp_path / "cache")
     message = str(caught.value)
     assert "lacks: 'defectiv' (did you mean 'defective'?), 'x'; " in message
     assert "source: defective, functional; target: defectiv, functional, x; rename" in message
@@ -267,13 +268,13 @@ def test_class_names_must_match(tmp_path: Path, pictures: WriteDomain) -> None:
 def test_one_class_is_refused(tmp_path: Path, pictures: WriteDomain) -> None:
     source = pictures(tmp_path / "source", {"good": 5})
     with pytest.raises(DataError, match="two or more classes, got only 'good'"):
-        prepare(recipe(source), cache=None)
+        prepare(recipe(source), cache=tmp_path / "cache")
 
 
 def test_too_few_images_for_three_splits(tmp_path: Path, pictures: WriteDomain) -> None:
     source = pictures(tmp_path / "source", {"bad": 1, "good": 1})
     with pytest.raises(DataError, match=r"source: no image of 2 is in the \w+ split; add images"):
-        prepare(recipe(source), cache=None)
+        prepare(recipe(source), cache=tmp_path / "cache")
 
 
 def test_a_class_that_training_would_never_see(tmp_path: Path, pictures: WriteDomain) -> None:
@@ -284,7 +285,7 @@ def test_a_class_that_training_would_never_see(tmp_path: Path, pictures: WriteDo
     ]
     place = write_csv(tmp_path, "path,label,split\n" + "\n".join(rows))
     with pytest.raises(DataError, match="the train split has no image of class 'bad'"):
-        prepare(recipe(place), cache=None)
+        prepare(recipe(place), cache=tmp_path / "cache")
 
 
 # --- duplicates
@@ -294,7 +295,7 @@ def test_duplicates_are_reported_and_one_is_kept(tmp_path: Path, pictures: Write
     source = pictures(tmp_path / "source", {"bad": 10, "good": 10})
     target = pictures(tmp_path / "target", {"bad": 10, "good": 10}, first=9)  # shares number 9
     shutil.copy(source / "bad" / "0000.png", source / "bad" / "copy.png")
-    dataset = prepare(recipe(source, target), cache=None)
+    dataset = prepare(recipe(source, target), cache=tmp_path / "cache")
     assert [[Path(p).relative_to(tmp_path).as_posix() for p in d] for d in dataset.duplicates] == [
         ["source/bad/0000.png", "source/bad/copy.png"],
         ["source/bad/0009.png", "target/bad/0009.png"],
@@ -312,7 +313,7 @@ def test_the_labelled_duplicate_is_kept(tmp_path: Path, pictures: WriteDomain) -
     source = pictures(tmp_path / "source", {"bad": 5, "good": 5})
     target = pictures(tmp_path / "target", {"bad": 5, "good": 5}, first=100)
     shutil.copy(target / "bad" / "0100.png", target / "0000.png")
-    dataset = prepare(recipe(source, target), cache=None)
+    dataset = prepare(recipe(source, target), cache=tmp_path / "cache")
     assert all(example.label for example in dataset.examples)
     assert len(dataset.duplicates) == 1
 
@@ -326,7 +327,7 @@ def test_identical_images_with_different_labels_are_refused(
     place = target if across else source
     shutil.copy(source / "bad" / "0001.png", place / "good" / "wrong.png")
     with pytest.raises(DataError, match=r"bad/0001\.png \(source, 'bad'\) and .*wrong\.png .*same"):
-        prepare(recipe(source, target), cache=None)
+        prepare(recipe(source, target), cache=tmp_path / "cache")
 
 
 def test_explicit_splits_may_part_duplicates_and_are_reported(
@@ -338,7 +339,8 @@ def test_explicit_splits_may_part_duplicates_and_are_reported(
     rows[0] += "train"
     rows.append(f"{source}/bad/copy.png,bad,test")
     dataset = prepare(
-        recipe(write_csv(tmp_path, "path,label,split\n" + "\n".join(rows))), cache=None
+        recipe(write_csv(tmp_path, "path,label,split\n" + "\n".join(rows))),
+        cache=tmp_path / "cache",
     )
     copies = [e for e in dataset.examples if Path(e.path).name in ("0000.png", "copy.png")]
     assert {"train", "test"} <= {e.split for e in copies}
@@ -352,3 +354,43 @@ def test_relative_places_become_absolute(
     monkeypatch.chdir(tmp_path)
     (only,) = list_domain("source", "target").candidates
     assert only.path == str(tmp_path / "source" / "bad" / "0000.png")
+
+
+def test_a_label_budget_takes_labels_from_training_images_only(
+    tmp_path: Path, pictures: WriteDomain
+) -> None:
+    source = pictures(tmp_path / "source", {"bad": 20, "good": 20})
+    target = pictures(tmp_path / "target", {"bad": 30, "good": 60}, first=100)
+
+    def labelled(budget: int | None) -> set[str]:
+        made = recipe(source, target)
+        data = msgspec.structs.replace(made.data, labels=budget)
+        dataset = prepare(msgspec.structs.replace(made, data=data), cache=tmp_path / "cache")
+        for split in ("validation", "test"):
+            assert all(e.label for e in dataset.select("target", split))  # type: ignore[arg-type]
+        assert all(e.label for e in dataset.select("source", "train"))
+        found = [e for e in dataset.select("target", "train") if e.label]
+        if budget:
+            share = sum(e.label == "bad" for e in found) / len(found)
+            assert share == pytest.approx(1 / 3, abs=0.1), "every class by its share"
+        return {e.sha256 for e in found}
+
+    everything = labelled(None)
+    assert labelled(0) == set()
+    assert len(labelled(12)) == 12
+    assert labelled(12) < labelled(24) < everything
+    assert labelled(10_000) == everything
+
+
+def test_a_brought_model_s_classes_hold_without_source_images(
+    tmp_path: Path, pictures: WriteDomain
+) -> None:
+    target = pictures(tmp_path / "target", {"bad": 12, "good": 12})
+    text = f'name = "t"\n[data]\ntarget = "{target}"\n[source]\ncheckpoint = "m.safetensors"\n'
+    made = parse_recipe(text, "t.toml")
+    dataset = prepare(made, cache=tmp_path / "cache", known=("bad", "dirty", "good"))
+    assert dataset.classes == ("bad", "dirty", "good")
+    assert dataset.field == "target"
+    assert not dataset.select("source", "train")
+    with pytest.raises(DataError, match=r"the data: has classes that the checkpoint lacks: 'good'"):
+        prepare(made, cache=tmp_path / "cache", known=("bad", "goods"))

@@ -49,11 +49,11 @@ def _degradations(words: list[str]) -> int:
         description="Draw one image in every field degradation at every severity.",
         epilog="Example: python -m train degradations cell0001.png --out sheet.png",
     )
-    from train import contact_sheet
+    from train.contact_sheet import add_arguments, run
 
-    contact_sheet.add_arguments(parser)
+    add_arguments(parser)
     options = parser.parse_args(words)
-    return run_command("train", lambda: contact_sheet.run(options))
+    return run_command("train", lambda: run(options))
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -1,0 +1,302 @@
+"""The whole climb on small noisy pictures: what must be refused is, what helps is kept, and why."""
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from runtime.recipe import Strategy, load_recipe
+from train.__main__ import main as train
+from train.checkpoint import read_checkpoint
+from train.record import Rung, Training
+
+RUNGS: tuple[Strategy, ...] = ("feature-extraction", "coral", "fine-tuning", "adversarial")
+
+RECIPE = """
+name = "{name}"
+[data]
+source = "source"
+{data}
+[data.splits]
+train = 0.5
+validation = 0.3
+test = 0.2
+[input]
+size = [32, 32]
+channels = 1
+[source]
+epochs = 1
+{source}
+[train]
+strategy = "{strategy}"
+freeze = ["conv_stem", "bn1", "blocks.0", "blocks.1", "blocks.2", "blocks.3", "blocks.4"]
+{train}
+[train.fine_tuning]
+epochs = 2
+min_steps = 8
+batch = 32
+[train.adversarial]
+epochs = 2
+batch = 32
+min_images = 40
+hidden = 16
+[train.similarity]
+images = 8
+"""
+
+
+def stripes(class_index: int, number: int, *, shade: float = 0.0) -> Image.Image:
+    """Faint stripes of one of two widths in noise: some pictures are hard to tell.
+
+    ``shade`` darkens and tilts the light, which a model of clean pictures has not seen.
+    """
+    random = np.random.default_rng([class_index, number])
+    at = np.arange(32) * (class_index + 1) * 4 * np.pi / 32 + random.uniform(0, 2 * np.pi)
+    levels = 128 + 26 * np.sin(at) + random.normal(0, 30, (32, 32))
+    tilt = np.linspace(-1, 1, 32)[:, None] * 90 * shade
+    return Image.fromarray(np.clip(levels * (1 - 0.6 * shade) + tilt, 0, 255).astype(np.uint8))
+
+
+def write(folder: Path, counts: dict[str, int], first: int, shade: float = 0.0) -> Path:
+    for index, (name, count) in enumerate(counts.items()):
+        (folder / name).mkdir(parents=True)
+        for number in range(first, first + count):
+            stripes(index, number, shade=shade).save(folder / name / f"{number:04}.png")
+    return folder
+
+
+Climb = Callable[..., Training]
+
+
+@pytest.fixture
+def climb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Climb:
+    """Run the command on ``tmp_path/source`` and whatever ``data`` names; the record it leaves."""
+    monkeypatch.chdir(tmp_path)
+    if not (tmp_path / "source").exists():
+        write(tmp_path / "source", {"wide": 130, "fine": 130}, 0)
+
+    def run(data: str, strategy: str = "auto", *, name: str = "t", **more: str) -> Training:
+        text = RECIPE.format(
+            name=name, data=data, strategy=strategy, train=more.get("train", ""),
+            source=more.get("source", ""),
+        )  # fmt: skip
+        if "checkpoint" in more.get("source", ""):
+            text = text.replace('source = "source"\n', more.get("keep_source", ""))
+        (tmp_path / f"{name}.toml").write_text(text)
+        assert train([str(tmp_path / f"{name}.toml")]) == 0
+        path = tmp_path / "build" / name / "train" / "training.json"
+        return msgspec.json.decode(path.read_bytes(), type=Training)
+
+    return run
+
+
+def named(training: Training, name: str) -> Rung:
+    return next(rung for rung in training.rungs if rung.name == name)
+
+
+def shuffled(folder: Path, target: Path) -> str:
+    """A CSV of ``target`` in which labels say nothing."""
+    files = sorted(target.rglob("*.png"))
+    labels = np.random.default_rng(8).permutation([file.parent.name for file in files])
+    with (folder / "shuffled.csv").open("w", newline="") as stream:
+        rows = [[str(f), label] for f, label in zip(files, labels, strict=True)]
+        csv.writer(stream).writerows([["path", "label"], *rows])
+    return 'target = "shuffled.csv"'
+
+
+def test_a_real_shift_is_adapted_to_and_the_record_says_how(tmp_path: Path, climb: Climb) -> None:
+    write(tmp_path / "field", {"wide": 120, "fine": 120}, 1000, shade=0.9)
+    training = climb('target = "field"')
+    folder = tmp_path / "build" / "t" / "train"
+    first, kept = training.rungs[0], next(rung for rung in training.rungs if rung.kept)
+    assert first.name == "as is"
+    assert kept.rung >= 1
+    assert training.verified
+    assert kept.verdict is not None
+    assert kept.verdict.gain is not None
+    assert kept.verdict.gain.low > 0
+    assert kept.scores["target-test"].metric("auc") > first.scores["target-test"].metric("auc")
+    assert all(rung.reason for rung in training.rungs)
+    assert all(rung.similarity is not None for rung in training.rungs)
+    assert training.labels_used == 120
+    assert training.labels_held_out == 72
+    _, facts = read_checkpoint(folder / "checkpoint.safetensors")
+    assert (facts.rung, facts.verified, facts.labels_used) == (kept.name, True, 120)
+    for name in ("similarity.md", "ladder.png", "robustness.png", "curves.png"):
+        assert (folder / name).stat().st_size > 500, name
+    assert "verified" in (folder / "similarity.md").read_text()
+    assert not list(folder.glob("re*-*.safetensors")), "states of a finished run go"
+    assert not list(folder.glob("rung-*.safetensors"))
+
+
+def test_the_checkpoint_answers_at_the_threshold_that_was_judged(
+    tmp_path: Path, climb: Climb
+) -> None:
+    import torch
+
+    from runtime import metrics
+    from runtime.dataset import read_dataset
+    from train.device import Device
+    from train.material import Material
+
+    write(tmp_path / "field", {"wide": 120, "fine": 120}, 1000, shade=0.9)
+    training = climb('target = "field"', "feature-extraction")
+    folder = tmp_path / "build" / "t" / "train"
+    model, _ = read_checkpoint(folder / "checkpoint.safetensors")
+    dataset = read_dataset(folder / "images.json")
+    recipe = load_recipe(tmp_path / "t.toml")
+    material = Material(recipe, dataset, Device("cpu", torch.float32, "test"), folder, "k")
+    rows = material.rows("target", "test")
+    with torch.inference_mode():
+        logits, _ = model(torch.from_numpy(np.array(material.pixels[rows])))
+    kept = next(rung for rung in training.rungs if rung.kept)
+    accuracy = metrics.accuracy(logits.numpy().argmax(1), material.labels[rows])
+    assert accuracy == pytest.approx(kept.scores["target-test"].accuracy, abs=0.021)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", RUNGS)
+def test_a_target_that_is_the_source_needs_no_rung(climb: Climb, strategy: Strategy) -> None:
+    training = climb('target = "source"', strategy)
+    assert training.rung == "as is"
+    tried = [rung for rung in training.rungs if rung.rung]
+    assert tried, "the rung was tried"
+    assert not any(rung.passed for rung in tried), [rung.reason for rung in tried]
+
+
+def test_a_target_that_is_the_source_ends_the_ladder_at_once(climb: Climb) -> None:
+    training = climb('target = "source"')
+    assert [rung.name for rung in training.rungs] == ["as is"]
+    assert "within 0.03 of the source's" in training.ended
+    assert training.reason == "adaptation was not needed"
+    assert training.verified
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["auto", *RUNGS])
+def test_labels_that_say_nothing_move_nothing(tmp_path: Path, climb: Climb, strategy: str) -> None:
+    target = write(tmp_path / "field", {"wide": 120, "fine": 120}, 1000, shade=0.9)
+    training = climb(shuffled(tmp_path, target), strategy)
+    tried = [rung for rung in training.rungs if rung.name != "as is"]
+    assert tried
+    assert not any(rung.passed for rung in tried), [(r.name, r.reason) for r in tried if r.passed]
+    assert training.rung == "as is"
+    assert "nothing that was tried was proven better" in training.reason
+
+
+def test_without_field_labels_the_result_is_unverified(
+    tmp_path: Path, climb: Climb, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = write(tmp_path / "field", {"wide": 120, "fine": 120}, 1000, shade=0.9)
+    rows = "".join(f"{file},\n" for file in sorted(target.rglob("*.png")))
+    (tmp_path / "blind.csv").write_text("path,label\n" + rows)
+    training = climb('target = "blind.csv"')
+    assert not training.verified
+    assert training.labels_used == training.labels_held_out == 0
+    assert not {rung.rung for rung in training.rungs} & {2}, "nothing to fine-tune on"
+    skipped = {skip.name: skip.reason for skip in training.skipped}
+    assert skipped["feature extraction"] == "needs 20 labelled field training images, got 0"
+    _, facts = read_checkpoint(tmp_path / "build/t/train/checkpoint.safetensors")
+    assert not facts.verified
+    assert "UNVERIFIED" in (tmp_path / "build/t/train/similarity.md").read_text()
+    assert "UNVERIFIED" in capsys.readouterr().err
+
+
+def test_prior_matching_moves_the_threshold_where_rates_are_far_off(
+    tmp_path: Path, climb: Climb
+) -> None:
+    write(tmp_path / "field", {"wide": 120, "fine": 120}, 1000, shade=0.9)
+    training = climb('target = "field"\nlabels = 0', "as-is")
+    first = training.rungs[0]
+    rates = first.similarity.predicted_rates["target"] if first.similarity else ()
+    assert max(rates) > 0.8, "the shade makes nearly everything one class"
+    matched = named(training, "prior matching")
+    assert matched.passed, matched.reason
+    assert matched.similarity is not None
+    assert max(matched.similarity.predicted_rates["target"]) < 0.7
+    assert matched.scores["source-test"].auc == pytest.approx(first.scores["source-test"].auc)
+    assert training.labels_used == 0
+
+
+@pytest.mark.slow
+def test_a_brought_model_is_adapted_without_source_images(tmp_path: Path, climb: Climb) -> None:
+    """LwF stands in for replay, and the record says what could not be measured."""
+    write(tmp_path / "field", {"wide": 120, "fine": 120}, 1000, shade=0.9)
+    climb("", name="first")
+    shutil.copy(
+        tmp_path / "build/first/train/checkpoint.safetensors", tmp_path / "mine.safetensors"
+    )
+    training = climb('target = "field"', name="second", source='checkpoint = "mine.safetensors"')
+    assert "as is of first" in training.source.origin
+    assert set(training.rungs[0].scores) == {"target-validation", "target-test"}
+    tuned = [rung for rung in training.rungs if rung.rung == 2]
+    assert tuned
+    assert tuned[0].details.against_forgetting == "lwf"
+    assert "no source images" in tuned[0].reason
+    assert {skip.name: skip.reason for skip in training.skipped}["adversarial"] == (
+        "needs source images"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["lwf", "l2-sp"])
+def test_other_ways_against_forgetting(tmp_path: Path, climb: Climb, way: str) -> None:
+    write(tmp_path / "field", {"wide": 80, "fine": 80}, 1000, shade=0.9)
+    text = climb('target = "field"', "fine-tuning", train="[train.head]\nepochs = 50\n")
+    assert text.rungs[1].details.against_forgetting == "replay"
+    recipe = tmp_path / "t.toml"
+    recipe.write_text(
+        recipe.read_text().replace(
+            "[train.fine_tuning]", f'[train.fine_tuning]\nagainst_forgetting = "{way}"'
+        )
+    )
+    assert train([str(recipe)]) == 0
+    data = json.loads((tmp_path / "build/t/train/training.json").read_text())
+    parts = data["rungs"][1]["details"]["history"]["epochs"][-1]["parts"]
+    assert ("distance" in parts) == (way == "l2-sp")
+    assert ("kept answers" in parts) == (way == "lwf")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["dann", "cdan", "mcc"])
+def test_the_adversarial_rung_by_name(tmp_path: Path, climb: Climb, method: str) -> None:
+    write(tmp_path / "field", {"wide": 120, "fine": 120}, 1000, shade=0.9)
+    training = climb(
+        'target = "field"\nlabels = 30', "adversarial",
+        train="", source="",
+    )  # fmt: skip
+    recipe = tmp_path / "t.toml"
+    recipe.write_text(
+        recipe.read_text().replace("hidden = 16", f'hidden = 16\nmethod = "{method}"')
+    )
+    assert train([str(recipe)]) == 0
+    data = json.loads((tmp_path / "build/t/train/training.json").read_text())
+    rung = data["rungs"][-1]
+    assert rung["name"] == f"adversarial ({method})"
+    parts: dict[str, Any] = rung["details"]["history"]["epochs"][-1]["parts"]
+    assert ("discriminator accuracy" in parts) == (method != "mcc")
+    assert training.labels_used == 30
+
+
+def test_the_source_model_is_trained_once_for_every_label_budget(
+    tmp_path: Path, climb: Climb, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "field", {"wide": 60, "fine": 60}, 1000, shade=0.9)
+    climb('target = "field"\nlabels = 30', "feature-extraction")
+    capsys.readouterr()
+    training = climb('target = "field"\nlabels = 40', "feature-extraction")
+    assert "trained before" in capsys.readouterr().err
+    assert training.labels_used == 40
+
+
+def test_a_simulated_field_comes_from_the_source(climb: Climb) -> None:
+    training = climb('target = "simulated"', "feature-extraction")
+    assert training.images["target-test"] == training.images["source-test"]
+    assert training.images["target-train"] == pytest.approx(training.images["source-train"], abs=2)
