@@ -1,5 +1,5 @@
 # One word per job. `make` alone explains them. Settings live in the recipe, not here.
-.PHONY: help setup train calibration export run test docs check format lock bench clean
+.PHONY: help setup train calibration export run test docs check format lock bench bench-quality clean
 
 PYTHON ?= python3
 RECIPE ?= train/recipes/solar.toml
@@ -11,7 +11,7 @@ LOCK := requirements/workstation.txt
 help:  ## explain the targets
 	@echo "fieldfit: adapt a classifier to field images, prove it, run it on devices"
 	@echo
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14 | sed 's/^/  make /'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16 | sed 's/^/  make /'
 	@echo
 	@echo "  RECIPE=FILE   the recipe for train, calibration, export and run (now $(RECIPE))"
 	@echo "  Start with:   make train export"
@@ -65,6 +65,9 @@ format: $(READY)  ## format the code
 
 bench: $(READY)  ## measure speed as paired ratios and write benchmarks/results
 	@$(BIN)/python -m benchmarks.run
+
+bench-quality: $(READY)  ## train every label budget with three seeds, and DANN on digits (about an hour)
+	@$(BIN)/python -m benchmarks.run adaptation dann
 
 lock: $(READY)  ## renew the pinned, hashed requirements
 	@$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --upgrade \

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from train.model import ImageClassifier
     from train.objective import Batch, Objective
 
+LONG = True
+"""Runs only when it is named."""
+
 UInt8 = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
 

@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the benchmarks that are asked for and return the exit code."""
     modules = find()
     options = _parser(modules).parse_args(argv)
-    names = options.names or list(modules)
+    names = options.names or [n for n, m in modules.items() if not getattr(m, "LONG", False)]
     return run_command("benchmarks", lambda: _run({n: modules[n] for n in names}, options))
 
 
@@ -47,7 +47,11 @@ def _parser(modules: dict[str, ModuleType]) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "names", nargs="*", choices=[[], *modules], metavar="NAME", help="default all"
+        "names",
+        nargs="*",
+        choices=[[], *modules],
+        metavar="NAME",
+        help="default all but those that train for long: adaptation, dann",
     )
     parser.add_argument(
         "--bundle", type=Path, default=BUNDLE, metavar="PATH", help=f"default {BUNDLE}"

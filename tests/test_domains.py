@@ -367,7 +367,7 @@ def test_a_label_budget_takes_labels_from_training_images_only(
         data = msgspec.structs.replace(made.data, labels=budget)
         dataset = prepare(msgspec.structs.replace(made, data=data), cache=tmp_path / "cache")
         for split in ("validation", "test"):
-            assert all(e.label for e in dataset.select("target", split))  # type: ignore[arg-type]
+            assert all(e.label for e in dataset.select("target", split))
         assert all(e.label for e in dataset.select("source", "train"))
         found = [e for e in dataset.select("target", "train") if e.label]
         if budget:

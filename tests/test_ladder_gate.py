@@ -13,7 +13,9 @@ METRICS: tuple[Metric, ...] = ("auc", "balanced-accuracy", "accuracy")
 
 def logits(labels: np.ndarray, quality: float, seed: int, classes: int = 2) -> np.ndarray:
     random = np.random.default_rng(seed)
-    return random.normal(0, 1, (len(labels), classes)) + quality * np.eye(classes)[labels]
+    return np.asarray(
+        random.normal(0, 1, (len(labels), classes)) + quality * np.eye(classes)[labels]
+    )
 
 
 def labels_of(count: int = 240, classes: int = 2) -> np.ndarray:
