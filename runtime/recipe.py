@@ -113,6 +113,9 @@ class SourceSettings(Schedule, frozen=True, forbid_unknown_fields=True, kw_only=
     """Class names in the order of its outputs; a checkpoint of fieldfit knows its own."""
     batch: Annotated[int, msgspec.Meta(ge=2, le=4096)] = 32
     """Images of one optimizer step, over all processes."""
+    patience: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """Epochs without a better validation score before training stops; 0 makes all of them and
+    keeps the best, since the last ones, at the lowest rate, often are."""
     head_l2: tuple[Annotated[float, msgspec.Meta(ge=0)], ...] = (1e-4, 1e-3, 1e-2)
     """L2 penalties to try for the head that training starts from; validation picks one."""
 
