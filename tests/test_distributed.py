@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from train.features import compute_features, predict
 from train.objective import TaskLoss
 
 ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 UNEVEN: dict[str, Any] = {
     "make": lambda model: TaskLoss(model, keep_answers=0.5, l2_sp=0.01),
     "settings": {"freeze": ("conv_stem", "bn1"), "augment": ("flip-vertical",)},
@@ -78,17 +80,37 @@ def run():
 sys.exit(run_command("train", run))
 """
 
+LONG = """
+import sys
+from pathlib import Path
+from runtime.command import run_command
+from tests.tiny_training import Seen, train
+from train import console, distributed
 
-def torchrun(code: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run():
+    with distributed.session():
+        seen = Seen(lambda step: console.say(f"step {step}"))
+        train(Path(sys.argv[1]), seen, schedule={"epochs": 500})
+    return 0
+
+sys.exit(run_command("train", run, interrupted="interrupted; go on from here"))
+"""
+
+
+def command(code: str, folder: Path, *arguments: str) -> list[str]:
+    """A torchrun of two processes that run ``code``."""
     script = folder / "script.py"
     script.write_text(code)
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+        "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(script), *arguments,
+    ]  # fmt: skip
+
+
+def torchrun(code: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
-            "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(script), *arguments,
-        ],
-        cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=240, check=False,
+        command(code, folder, *arguments), cwd=ROOT, env=ENVIRONMENT, capture_output=True,
+        text=True, timeout=240, check=False,
     )  # fmt: skip
 
 
@@ -149,6 +171,27 @@ def test_a_failure_ends_all_processes_with_one_message(tmp_path: Path, who: str)
     done = torchrun(FAILING, tmp_path, who)
     assert done.returncode == 1
     assert done.stderr.count("train: images/7.png: expected an image; take it out") == 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_all_processes_at_one_step_and_any_number_of_them_can_go_on(
+    tmp_path: Path,
+) -> None:
+    """A terminal sends it to all processes, torchrun then once more."""
+    with subprocess.Popen(
+        command(LONG, tmp_path, str(tmp_path)), cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE,
+        text=True, start_new_session=True,
+    ) as running:  # fmt: skip
+        assert running.stderr is not None
+        before = next(line for line in running.stderr if line.startswith("step 3"))
+        os.killpg(running.pid, signal.SIGINT)
+        said = running.stderr.read()
+    assert said.count("train: interrupted; go on from here") == 1
+    steps = [line for line in (before + said).splitlines() if line.startswith("step ")]
+    seen = Seen(lambda step: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, seen, schedule={"epochs": 500})
+    assert steps[-1] == f"step {seen.resumed_at}"
 
 
 def test_without_torchrun_one_process_is_all() -> None:

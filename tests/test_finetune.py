@@ -255,6 +255,7 @@ def test_an_interrupted_training_goes_on_as_if_it_had_not_been(
     assert after.reason == history.reason
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
     """kill -9 in a process of its own, in the step after a state was saved."""
     code = f"""

@@ -102,6 +102,15 @@ def test_features_beyond_half_precision_are_kept_in_single(tmp_path: Path) -> No
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_network_whose_features_are_no_numbers_is_refused(tmp_path: Path) -> None:
+    model = build_model(ModelSettings(), SPEC, 2)
+    with torch.no_grad():
+        next(model.backbone.parameters()).fill_(torch.nan)
+    with pytest.raises(DataError, match="not finite numbers: its weights are damaged"):
+        cached_features(model, pictures(8)[0], "a", tmp_path, CPU)
+    assert not list(tmp_path.iterdir())
+
+
 def test_pixels_are_decoded_once_in_order_and_survive_a_damaged_cache(
     tmp_path: Path, pictures: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

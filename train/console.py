@@ -24,7 +24,8 @@ from rich.table import Table
 T = TypeVar("T")
 
 # Of the processes that a torchrun started, the first one speaks for all.
-console = Console(stderr=True, highlight=False, quiet=os.environ.get("RANK", "0") != "0")
+_silent = "TORCHELASTIC_RUN_ID" in os.environ and os.environ["RANK"] != "0"
+console = Console(stderr=True, highlight=False, quiet=_silent)
 if not console.is_terminal:
     console.width = 100  # a log file has no width; 80 would break the tables
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from runtime.errors import DataError
 from train import distributed
 from train.device import Device
 from train.model import ImageClassifier, weights_sha256
@@ -42,7 +43,7 @@ def cached_features(
     neither images nor features need fit into memory. The key is the backbone's weights and
     ``images_sha256``, which stands for the pixels.
 
-    Raises DataError if the disk has no room.
+    Raises DataError if the disk has no room or features are not finite.
     """
     digest = hashlib.sha256(images_sha256.encode())
     digest.update(weights_sha256(model.backbone).encode())
@@ -59,7 +60,10 @@ def cached_features(
             return write_rows(path, shape, np.dtype(dtype), batches, "features of images")
         except OverflowError:
             continue
-    raise AssertionError("float32 holds what float32 computed")
+    raise DataError(
+        "the network's features are not finite numbers: its weights are damaged or its training "
+        "diverged; start from other [model] weights"
+    )
 
 
 def compute_features(

@@ -110,7 +110,9 @@ def fine_tune(
     training.run(steps, device, lambda: training.save(state_path), save_every_s=save_every_s)
     training.keep_best()
     objective.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    return training.history(tuple(notes))
+    history = training.history(tuple(notes))
+    watch.note(history.reason)
+    return history
 
 
 def plan_course(groups: Sequence[Group], epochs: int, min_steps: int) -> Course:
