@@ -58,7 +58,7 @@ def test_an_interval_is_right_as_often_as_it_says() -> None:
 
 
 FIELD, SOURCE = labels_of(240), labels_of(300)
-TRUTH = Truth(FIELD, SOURCE, np.array([0.5, 0.5]))
+TRUTH = Truth(FIELD, SOURCE, np.array([0.5, 0.5]), ("bad", "good"))
 POOR = logits(FIELD, 0.3, 5)
 GOOD = POOR + 2.0 * np.eye(2)[FIELD]
 HOME = logits(SOURCE, 3.0, 6)

@@ -72,8 +72,8 @@ def test_predicted_rates_become_the_expected_ones(expected: tuple[float, ...]) -
 
 def test_rates_that_are_off_are_named() -> None:
     expected = np.array([0.3, 0.7])
-    assert rates_off(np.array([0.2, 0.8]), expected, 2.0) is None
-    words = rates_off(np.array([0.94, 0.06]), expected, 2.0)
+    assert rates_off(np.array([0.2, 0.8]), expected, 2.0, ("bad", "good")) is None
+    words = rates_off(np.array([0.94, 0.06]), expected, 2.0, ("bad", "good"))
     assert words is not None
-    assert "94% of the field images, expected 30%" in words
-    assert rates_off(np.array([0.0, 1.0]), expected, 2.0) is not None
+    assert "'bad' is predicted for 94% of the field images, expected 30%" in words
+    assert rates_off(np.array([0.0, 1.0]), expected, 2.0, ("bad", "good")) is not None

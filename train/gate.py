@@ -25,6 +25,9 @@ ROUNDS = 1000
 CHUNK = 50
 """Rounds computed at a time: bounds memory where there are many images."""
 
+FLIPS = "source negative flips"
+"""Name of the check that users notice most."""
+
 FEW = 20
 """Labelled held-out field images below which no gain is judged at all."""
 
@@ -47,6 +50,8 @@ class Truth(NamedTuple):
     """``[M]``"""
     expected: Floats
     """``[K]`` class rates to expect in the field."""
+    names: tuple[str, ...]
+    """Of the classes, for words."""
 
 
 class Check(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,6 +60,8 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     passed: bool
     words: str
+    value: float | None = None
+    limit: float | None = None
 
 
 class Gain(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,8 +123,7 @@ def judge(
         assert candidate.source is not None
         assert source_model.source is not None
         checks += retention(candidate.source, source_model.source, truth.source, budget)
-    rates = class_rates(candidate.field.argmax(axis=1), candidate.field.shape[1])
-    off = rates_off(rates, truth.expected, budget.max_rate_ratio)
+    off = _rates_off(candidate, truth, budget)
     words = off or "predicted class rates as expected"
     checks.append(Check(name="predicted rates", passed=off is None, words=words))
     broken = [check.words for check in checks if not check.passed]
@@ -136,7 +142,7 @@ def _gain_check(gain: Gain, budget: LadderGate) -> Check:
     )
     if gain.low <= 0:
         words = f"no proven gain: {words}, the lower end must be above 0"
-    return Check(name="gain", passed=gain.low > 0, words=words)
+    return Check(name="gain", passed=gain.low > 0, words=words, value=gain.low, limit=0.0)
 
 
 def _evidence_check(
@@ -148,13 +154,7 @@ def _evidence_check(
 ) -> Check:
     """Without labels: class rates that were off are no longer, or degraded twins agree more."""
     name = "evidence without labels"
-    classes = kept.field.shape[1]
-    before, after = (
-        rates_off(
-            class_rates(model.field.argmax(axis=1), classes), truth.expected, budget.max_rate_ratio
-        )
-        for model in (kept, candidate)
-    )
+    before, after = (_rates_off(model, truth, budget) for model in (kept, candidate))
     if before and not after:
         return Check(name=name, passed=True, words="predicted class rates were off, now expected")
     if twins is not None and twins[1] > twins[0]:
@@ -162,6 +162,11 @@ def _evidence_check(
         return Check(name=name, passed=True, words=words)
     words = "no field labels, and neither class rates nor degraded twins speak for it"
     return Check(name=name, passed=False, words=words)
+
+
+def _rates_off(model: Held, truth: Truth, budget: LadderGate) -> str | None:
+    rates = class_rates(model.field.argmax(axis=1), model.field.shape[1])
+    return rates_off(rates, truth.expected, budget.max_rate_ratio, truth.names)
 
 
 def retention(after: Floats, before: Floats, labels: Ints, budget: LadderGate) -> list[Check]:
@@ -184,7 +189,7 @@ def retention(after: Floats, before: Floats, labels: Ints, budget: LadderGate) -
             budget.max_balanced_accuracy_drop,
             "down {:.3f}",
         ),
-        _limit("source negative flips", flips, budget.max_negative_flips, "{:.3f}"),
+        _limit(FLIPS, flips, budget.max_negative_flips, "{:.3f}"),
     ]
 
 
@@ -192,7 +197,9 @@ def _limit(name: str, value: float, limit: float, form: str) -> Check:
     # NaN (a class is missing among the held-out images) is no proof.
     passed = bool(value <= limit + 1e-9)
     words = f"{name} {form.format(value)}, at most {limit:g}"
-    return Check(name=name, passed=passed, words=words)
+    # None, since JSON has no NaN.
+    known = None if np.isnan(value) else value
+    return Check(name=name, passed=passed, words=words, value=known, limit=limit)
 
 
 def metric_value(logits: Floats, labels: Ints, metric: Metric) -> float:

@@ -196,7 +196,9 @@ class Ladder:
             rates = class_rates(
                 self._field_logits(self.first.head).argmax(axis=1), self.material.classes
             )
-            off = rates_off(rates, wanted, self.settings.gate.max_rate_ratio)
+            off = rates_off(
+                rates, wanted, self.settings.gate.max_rate_ratio, self.material.dataset.classes
+            )
             if off is None:
                 self._skip(Unfit(name, 0, f"predicted class rates are as expected from {origin}"))
                 return
@@ -301,6 +303,7 @@ class Ladder:
                 material.labels[material.rows("target", "validation")],
                 material.labels[material.rows("source", "validation")] if has_source else None,
                 expected,
+                material.dataset.classes,
             ),
             self.settings.gate,
             metric or self.settings.metric,

@@ -70,12 +70,12 @@ class TaskLoss(Objective):
     ) -> None:
         super().__init__(model)
         self.keep_answers, self.l2_sp = keep_answers, l2_sp
-        self.start: dict[str, Tensor] = {}
+        self.pulled: list[str] = []
+        """Names of the parameters that are pulled back; where to is in the buffers ``start_N``."""
         if l2_sp:
             for index, (name, parameter) in enumerate(model.named_parameters()):
-                if parameter.requires_grad:
-                    self.start[name] = parameter.detach().clone()
-                    self.register_buffer(f"start_{index}", self.start[name], persistent=False)
+                self.pulled.append(name)
+                self.register_buffer(f"start_{index}", parameter.detach().clone(), persistent=False)
 
     def forward(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         logits, _ = self.model(batch.images)
@@ -95,13 +95,10 @@ class TaskLoss(Objective):
             parts["kept answers"] = kept.detach()
         if self.l2_sp:
             named = dict(self.model.named_parameters())
-            pull = sum(
-                (
-                    (named[n] - start.to(named[n].device)).square().sum()
-                    for n, start in self.start.items()
-                ),
-                torch.zeros((), device=logits.device),
-            )
+            starts = (self.get_buffer(f"start_{index}") for index in range(len(self.pulled)))
+            pull = torch.stack(
+                [(named[n] - s).square().sum() for n, s in zip(self.pulled, starts, strict=True)]
+            ).sum()
             loss = loss + self.l2_sp * pull
             parts["distance"] = pull.detach()
         return loss, parts

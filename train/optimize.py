@@ -42,8 +42,12 @@ def choose_trained(model: ImageClassifier, freeze: tuple[str, ...], tune: tuple[
 
 
 def rate_at(step: int, steps: int, warmup: float) -> float:
-    """Share of the peak rate: linear warm-up, then a cosine to zero."""
-    rising = max(1, round(warmup * steps))
+    """Share of the peak rate: linear warm-up, then a cosine to zero.
+
+    Five steps at least, half of a shorter course: AdamW's first steps are as large as the rate
+    allows, and one at the peak has been seen to take a loss from 0.7 to 62.
+    """
+    rising = max(1, min(5, steps // 2), round(warmup * steps))
     if step < rising:
         return (step + 1) / rising
     return 0.5 * (1.0 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))

@@ -169,7 +169,7 @@ def _write_step(words: Axes, step: Step, height: int) -> None:
         verdict, colour = "start", BLACK
     elif step.negative_flips is not None:
         verdict += f" · negative flips {step.negative_flips:.1%}"
-    reason = textwrap.wrap(step.reason, 56, max_lines=3, placeholder=" …")
+    reason = textwrap.wrap(step.reason, 52, max_lines=3, placeholder=" …")
     # Words keep out of the layout: a wide one would push its panel aside.
     place: dict[str, Any] = {"in_layout": False}
     words.text(0.02, height + 0.12, verdict, color=colour, weight="bold", va="bottom", **place)

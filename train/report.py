@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from runtime import atomic
 from runtime.recipe import Metric
 from train import console
+from train.gate import FLIPS
 from train.similarity import markdown
 
 if TYPE_CHECKING:
@@ -101,10 +102,15 @@ def _step(rung: "Rung", metric: Metric) -> "plots.Step":
         if f"{domain}-validation" in rung.scores
     }
     known = {domain: value for domain, value in values.items() if math.isfinite(value)}
+    gain = rung.verdict.gain if rung.verdict else None
+    interval = None
+    if gain is not None and gain.metric == metric and "target" in known:
+        before = known["target"] - gain.value
+        interval = before + gain.low, before + gain.high
+    checks = {check.name: check.value for check in rung.verdict.checks} if rung.verdict else {}
     return plots.Step(
-        name=rung.name, kept=rung.kept or rung.passed, field=known.get("target"),
-        interval=None, source=known.get("source"),
-        negative_flips=rung.similarity.negative_flips if rung.similarity else None,
+        name=rung.name, kept=rung.verdict is None or rung.passed, field=known.get("target"),
+        interval=interval, source=known.get("source"), negative_flips=checks.get(FLIPS),
         reason=rung.reason,
     )  # fmt: skip
 

@@ -77,12 +77,15 @@ def class_rates(predicted: Ints, classes: int) -> Float64:
     return np.bincount(known, minlength=classes) / max(1, len(known))
 
 
-def rates_off(predicted: Floats, expected: Floats, ratio: float) -> str | None:
-    """Why the rates ``predicted [K]`` are not within a factor ``ratio`` of ``expected [K]``."""
-    for index, (rate, wanted) in enumerate(zip(predicted, expected, strict=True)):
+def rates_off(
+    predicted: Floats, expected: Floats, ratio: float, names: Sequence[str]
+) -> str | None:
+    """Why the rates ``predicted [K]`` of classes ``names`` are not within a factor ``ratio`` of
+    ``expected [K]``; None if they are."""
+    for name, rate, wanted in zip(names, predicted, expected, strict=True):
         if wanted > 0 and not wanted / ratio <= rate <= wanted * ratio:
             return (
-                f"class {index} is predicted for {rate:.0%} of the field images, expected "
+                f"{name!r} is predicted for {rate:.0%} of the field images, expected "
                 f"{wanted:.0%}, within a factor {ratio:g}"
             )
     return None
