@@ -5,7 +5,7 @@ batches come from, how weights move, or whether the result is any good: that is 
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,9 +22,10 @@ RAMP = 10.0
 EXACT_WIDTH, PROJECTED_WIDTH = 4096, 1024
 """CDAN's map is exact up to the first width, and a random projection to the second beyond it."""
 
-LAST_STEPS = 20
+DISCRIMINATOR = "discriminator accuracy"
+"""Name of the part that shows it."""
 TRUSTED = (0.5, 0.9)
-"""Accuracies of a discriminator between which its last steps speak for a run."""
+"""Accuracies of a discriminator between which its last epoch speaks for a run."""
 
 
 def make_objective(
@@ -176,7 +177,7 @@ class DomainAdversarial(TaskLoss):
         with torch.no_grad():
             right = (self.discriminator(seen, drop=False) > 0) == (batch.domains == TARGET)
         parts["domain loss"] = domain.detach()
-        parts["discriminator accuracy"] = domain_mean(right.float(), batch.weights, batch.domains)
+        parts[DISCRIMINATOR] = domain_mean(right.float(), batch.weights, batch.domains)
         parts["weight"] = loss.new_full((), weight)
         return loss + domain, parts
 
@@ -233,19 +234,16 @@ def certainty(probabilities: Tensor) -> Tensor:
     return 1.0 + torch.exp(-torch.special.entr(probabilities).sum(dim=1))
 
 
-def distrust(accuracies: Sequence[float]) -> str | None:
-    """Why a run with these ``discriminator accuracy`` values, step by step, is not to be trusted.
+def distrust(accuracy: float) -> str | None:
+    """Why a run whose ``discriminator accuracy`` was this in its last epoch is not to be trusted.
 
-    None if the mean of the last LAST_STEPS lies within TRUSTED, or if there was no discriminator.
-    It is a sign and no proof: only labelled field images show whether a run helped.
+    None if it lies within TRUSTED. It is a sign and no proof: only labelled field images show
+    whether a run helped.
     """
-    last = accuracies[-LAST_STEPS:]
-    if not last:
-        return None
-    mean, (least, most) = sum(last) / len(last), TRUSTED
-    seen = f"discriminator accuracy {mean:.2f} over the last {len(last)} steps"
-    if mean > most:
+    least, most = TRUSTED
+    seen = f"discriminator accuracy {accuracy:.2f} in the last epoch"
+    if accuracy > most:
         return f"{seen}, above {most}: the domains' features did not mix"
-    if mean < least:
+    if accuracy < least:
         return f"{seen}, below {least}: the discriminator was overrun and no longer guides"
     return None

@@ -309,6 +309,9 @@ class Ladder:
             metric or self.settings.metric,
             twins=twins, guard_source=guard_source, seed=material.recipe.seed,
         )  # fmt: skip
+        if candidate.details.notes:
+            reason = "; ".join([verdict.reason, *candidate.details.notes])
+            verdict = msgspec.structs.replace(verdict, reason=reason)
         if verdict.passed:
             self.kept = candidate
         self._tell(Tried(candidate, verdict))

@@ -7,6 +7,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ def rate_at(step: int, steps: int, warmup: float) -> float:
 class Optimization:
     """AdamW on the body, the head and the objective's own parameters, each at its own rate.
 
-    Gradients are clipped to norm 1. Of several processes each has a part of every batch, and
+    The own parameters' rate stays at its peak after the warm-up. Gradients are clipped to norm 1. Of several processes each has a part of every batch, and
     DistributedDataParallel averages their gradients; see distributed.mean for why that is the
     gradient of the whole.
     """
@@ -75,13 +76,18 @@ class Optimization:
         named = {n: p for n, p in objective.model.named_parameters() if p.requires_grad}
         extra = {f"extra.{n}": p for n, p in objective.extra_parameters()}
         self.trained = named | extra
-        groups = [
-            ([p for n, p in named.items() if not n.startswith("head.")], schedule.learning_rate),
-            ([p for n, p in named.items() if n.startswith("head.")], schedule.head_learning_rate),
-            (list(extra.values()), extra_rate or schedule.head_learning_rate),
+        head = [p for n, p in named.items() if n.startswith("head.")]
+        body = [p for n, p in named.items() if not n.startswith("head.")]
+        rest = list(extra.values())
+        groups: list[dict[str, Any]] = [
+            {"params": body, "peak": schedule.learning_rate, "decays": True},
+            {"params": head, "peak": schedule.head_learning_rate, "decays": True},
+            # A discriminator that slows down as the network does is overrun at the end.
+            {"params": rest, "peak": extra_rate or schedule.head_learning_rate, "decays": False},
         ]
+        self.warmup, self.clipped = schedule.warmup, [list(named.values()), rest]
         self.optimizer = torch.optim.AdamW(
-            [{"params": params, "peak": peak} for params, peak in groups if params],
+            [group for group in groups if group["params"]],
             lr=schedule.learning_rate,
             weight_decay=schedule.weight_decay,
         )
@@ -114,13 +120,15 @@ class Optimization:
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Move the weights at ``rate``, a share of their peaks; returns this process's loss and
         the parts of it."""
+        steady = rate if progress < self.warmup else 1.0
         for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["peak"]
+            group["lr"] = group["peak"] * (rate if group["decays"] else steady)
         self.optimizer.zero_grad(set_to_none=True)
         loss, parts = self._forward(batch, progress)
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(list(self.trained.values()), CLIP_NORM)
+        for parameters in self.clipped:  # a discriminator's gradients do not shorten the network's
+            torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return loss.detach(), parts

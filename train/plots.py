@@ -18,6 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from runtime.atomic import replacing_file
+from train.adversarial import DISCRIMINATOR, TRUSTED
 
 WIDTH = 9.0
 """Inches; with ``DPI`` 1350 pixels, made to be read at 900."""
@@ -29,11 +30,6 @@ PANELS = 4
 BLACK, ORANGE, GREEN, BLUE = "#000000", "#E69F00", "#009E73", "#0072B2"
 RED, PURPLE, SKY = "#D55E00", "#CC79A7", "#56B4E9"
 COLOURS = (PURPLE, BLUE, ORANGE, SKY, RED, BLACK)
-
-HEALTHY = (0.5, 0.9)
-"""Accuracy between which a discriminator neither gave up nor won, by our own runs."""
-DISCRIMINATOR = "discriminator accuracy"
-"""The part of a loss that is drawn with that band."""
 
 
 LEAST_SPAN = 0.1
@@ -227,7 +223,7 @@ def _draw_parts(panel: Axes, points: Sequence[Point]) -> None:
     panel.set_visible(bool(names))
     panel.set_title("parts of the loss")
     if DISCRIMINATOR in names:
-        panel.axhspan(*HEALTHY, color=PURPLE, alpha=0.15, lw=0, label="healthy accuracy")
+        panel.axhspan(*TRUSTED, color=PURPLE, alpha=0.15, lw=0, label="healthy accuracy")
     for name, colour, marker in zip(names, cycle(COLOURS), cycle("os^vD"), strict=False):
         known = [(point.epoch, point.parts[name]) for point in points if name in point.parts]
         panel.plot(*zip(*known, strict=True), f"{marker}-", ms=3, color=colour, label=name)

@@ -17,7 +17,7 @@ import torch
 from runtime import metrics
 from runtime.recipe import Recipe, Schedule, TrainSettings
 from train import console
-from train.adversarial import make_objective
+from train.adversarial import DISCRIMINATOR, distrust, make_objective
 from train.coral import recolour
 from train.finetune import Group, History, fine_tune
 from train.gate import metric_value
@@ -168,8 +168,9 @@ def adversarial(
     settings = material.recipe.train.adversarial
     model = with_head(material.recipe, start, head_of(start))
     objective = make_objective(
-        model, settings, keep_answers=material.recipe.train.fine_tuning.keep_answers
-    )
+        model, settings, keep_answers=material.recipe.train.fine_tuning.keep_answers,
+        seed=material.recipe.seed,
+    )  # fmt: skip
     half = settings.batch // 2
     labelled = material.rows("target", "train", labelled=True)
     unlabelled = material.rows("target", "train", labelled=False)
@@ -184,7 +185,11 @@ def adversarial(
         min_steps=1, tune=(), decisive=known > 0,
         extra_rate=settings.discriminator_learning_rate,
     )  # fmt: skip
-    return model.eval(), Details(method=settings.method, history=history)
+    seen = history.epochs[-1].parts.get(DISCRIMINATOR) if history.epochs else None
+    doubt = None if seen is None else distrust(seen)
+    return model.eval(), Details(
+        method=settings.method, history=history, notes=(doubt,) if doubt else ()
+    )
 
 
 def _source_rows(material: Material) -> Ints:
