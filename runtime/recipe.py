@@ -186,7 +186,10 @@ class LadderGate(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """``[train.gate]``: what a rung must prove on held-out images before it replaces the last."""
 
     confidence: Annotated[float, msgspec.Meta(ge=0.5, lt=1)] = 0.90
-    """Of the paired bootstrap interval of the gain on the field; its lower end must be above 0."""
+    """Of the paired bootstrap interval of the gain on the field over the source model as it is; its
+    lower end must be above 0."""
+    min_gain: Budget = 0.01
+    """Least gain over what was kept before: a further rung is dearer and changes more."""
     min_labels: Annotated[int, msgspec.Meta(ge=1)] = 50
     """Labelled held-out field images below which a result is marked unverified."""
     max_auc_drop: Budget = 0.01

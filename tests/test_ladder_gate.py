@@ -126,6 +126,19 @@ def test_a_model_that_names_one_class_is_refused() -> None:
     assert "of the field images, expected 50%" in result.reason
 
 
+def test_a_further_rung_must_be_worth_it() -> None:
+    """Proven against the source model, but hardly better than what a simpler rung has reached."""
+    first = Held(POOR, HOME)
+    kept = Held(GOOD, HOME)
+    same = judge(Held(GOOD, HOME), kept, first, TRUTH, BUDGET, "auc")
+    assert not same.passed
+    assert "auc +0.000 over what was kept before, at least 0.01" in same.reason
+    better = judge(Held(GOOD + 2.0 * np.eye(2)[FIELD], HOME), kept, first, TRUTH, BUDGET, "auc")
+    assert better.passed, better.reason
+    assert better.gain is not None
+    assert better.gain.value > 0.2, "the proof is against the source model"
+
+
 def test_prior_matching_is_not_held_to_the_source_s_threshold() -> None:
     assert not verdict(GOOD, changed(30)).passed
     assert verdict(GOOD, changed(30), guard_source=False).passed

@@ -99,7 +99,9 @@ def judge(
 ) -> Verdict:
     """Whether ``candidate`` replaces ``kept``.
 
-    The gain is against ``kept``, what must not be lost is against ``source_model``. ``twins`` are
+    Both the gain and what must not be lost are proven against ``source_model``: that adapting
+    helped, and that it did not forget. Of those that are proven the better one by ``min_gain`` is
+    worth having, however uncertain the difference between the two is. ``twins`` are
     the shares of images that ``kept`` and the candidate answer like their degraded twins: the only
     evidence where there are no field labels. ``guard_source=False`` is for prior matching, which
     changes no weight and sets the threshold for the field alone: nothing is forgotten, and with
@@ -112,10 +114,12 @@ def judge(
     verified = labelled >= budget.min_labels
     if labelled >= FEW and len(np.unique(truth.field[known])) > 1:
         gain = paired_gain(
-            kept.field, candidate.field, truth.field, metric,
+            source_model.field, candidate.field, truth.field, metric,
             confidence=budget.confidence, seed=seed,
         )  # fmt: skip
-        checks.append(_gain_check(gain, budget))
+        checks.append(_gain_check(gain))
+        if kept is not source_model:
+            checks.append(_step_check(candidate, kept, truth, metric, budget))
     else:
         checks.append(_evidence_check(candidate, kept, truth, budget, twins))
         verified = False
@@ -135,7 +139,7 @@ def judge(
     )
 
 
-def _gain_check(gain: Gain, budget: LadderGate) -> Check:
+def _gain_check(gain: Gain) -> Check:
     words = (
         f"{gain.metric} {gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] on {gain.images} "
         "labelled field images"
@@ -143,6 +147,20 @@ def _gain_check(gain: Gain, budget: LadderGate) -> Check:
     if gain.low <= 0:
         words = f"no proven gain: {words}, the lower end must be above 0"
     return Check(name="gain", passed=gain.low > 0, words=words, value=gain.low, limit=0.0)
+
+
+def _step_check(
+    candidate: Held, kept: Held, truth: Truth, metric: Metric, budget: LadderGate
+) -> Check:
+    """Against what was kept before: enough to be worth the change."""
+    before, after = (metric_value(model.field, truth.field, metric) for model in (kept, candidate))
+    words = f"{metric} {after - before:+.3f} over what was kept before"
+    passed = after - before >= budget.min_gain
+    if not passed:
+        words += f", at least {budget.min_gain:g} is worth a further rung"
+    return Check(
+        name="step", passed=passed, words=words, value=after - before, limit=budget.min_gain
+    )
 
 
 def _evidence_check(

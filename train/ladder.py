@@ -234,7 +234,7 @@ class Ladder:
         )  # fmt: skip
 
     def _fine_tuning(self) -> None:
-        """Rung 2, then back towards the source model until what that knew is kept."""
+        """Rung 2, then back towards the source model for as long as too much of that is lost."""
         if self.settings.strategy != "auto" and self.fitted is self.source.head:
             self.fitted, _ = feature_extraction(self.material, self.source)
         start = time.monotonic()
@@ -244,10 +244,10 @@ class Ladder:
         for share in self.settings.fine_tuning.interpolation:
             model = interpolate(self.material.recipe, self.source.model, tuned, share)
             name = "fine-tuning" if share == 1 else f"fine-tuning, {share:g} of the way"
-            self._judge_model(
+            forgot = self._judge_model(
                 name, 2, model, msgspec.structs.replace(details, interpolation=share), start
             )
-            if self.kept.rung == 2:
+            if self.kept.rung == 2 or not forgot:
                 return
 
     def _adversarial(self) -> None:
@@ -278,18 +278,20 @@ class Ladder:
 
     def _judge_model(
         self, name: str, rung: int, model: ImageClassifier, details: Details, start: float
-    ) -> None:
+    ) -> bool:
+        """Judge a trained network; returns whether it forgot too much of the source."""
         seen = look(model, self.material, name)
-        self._judge(
+        verdict = self._judge(
             self._candidate(
                 name, rung, model, seen, None, head_of(model), details,
                 time.monotonic() - start, field=True,
             )
         )  # fmt: skip
+        return any(check.name.startswith("source") for check in verdict.checks if not check.passed)
 
     def _judge(
         self, candidate: Candidate, *, metric: Metric | None = None, guard_source: bool = True
-    ) -> None:
+    ) -> Verdict:
         material = self.material
         expected, _ = material.expected_rates()
         has_source = len(material.rows("source", "validation")) > 0
@@ -297,8 +299,10 @@ class Ladder:
         if self._gate_labels() < FEW and candidate.rung:
             candidate = self._swept(candidate)
             twins = self._twins(self.kept), self._twins(candidate)
+        first = self._held(self.first)
+        kept = first if self.kept is self.first else self._held(self.kept)
         verdict = judge(
-            self._held(candidate), self._held(self.kept), self._held(self.first),
+            self._held(candidate), kept, first,
             Truth(
                 material.labels[material.rows("target", "validation")],
                 material.labels[material.rows("source", "validation")] if has_source else None,
@@ -315,6 +319,7 @@ class Ladder:
         if verdict.passed:
             self.kept = candidate
         self._tell(Tried(candidate, verdict))
+        return verdict
 
     def _candidate(
         self,

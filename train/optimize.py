@@ -57,9 +57,9 @@ def rate_at(step: int, steps: int, warmup: float) -> float:
 class Optimization:
     """AdamW on the body, the head and the objective's own parameters, each at its own rate.
 
-    The own parameters' rate stays at its peak after the warm-up. Gradients are clipped to norm 1. Of several processes each has a part of every batch, and
-    DistributedDataParallel averages their gradients; see distributed.mean for why that is the
-    gradient of the whole.
+    Those keep their rate after the warm-up. Gradients are clipped to norm 1, theirs apart. Of
+    several processes each has a part of every batch, and DistributedDataParallel averages their
+    gradients; see distributed.mean for why that is the gradient of the whole.
     """
 
     trained: dict[str, nn.Parameter]
