@@ -132,7 +132,7 @@ class HeadSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     epochs: Count = 100
     """Most passes of L-BFGS over the features."""
-    l2: tuple[Annotated[float, msgspec.Meta(ge=0)], ...] = (0.003, 0.01, 0.03, 0.1, 0.3)
+    l2: tuple[Annotated[float, msgspec.Meta(ge=0)], ...] = (0.01, 0.03, 0.1, 0.3, 1.0)
     """Strengths of the pull towards the source head; cross-validation on field labels picks one."""
     folds: Annotated[int, msgspec.Meta(ge=2, le=20)] = 5
     """Of that cross-validation."""

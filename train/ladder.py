@@ -466,7 +466,7 @@ class Ladder:
         labels, least = self._gate_labels(), self.settings.gate.min_labels
         words = "nothing that was tried was proven better than the source model as it is"
         if len(self.tried) == 1:
-            words = "adaptation was not needed"
+            words = "adaptation was not needed" if self._served() else "no rung could be tried"
         if labels < least:
             return False, f"{words}; {labels} labelled held-out field images, {least} are needed"
         return True, words
