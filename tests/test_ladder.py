@@ -1,7 +1,10 @@
 """The whole climb on small noisy pictures: what must be refused is, what helps is kept, and why."""
 
 import csv
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from train.__main__ import main as train
 from train.checkpoint import read_checkpoint
 from train.record import Rung, Training
 
+ROOT = Path(__file__).resolve().parent.parent
 RUNGS: tuple[Strategy, ...] = ("feature-extraction", "coral", "fine-tuning", "adversarial")
 
 RECIPE = """
@@ -299,3 +303,73 @@ def test_a_simulated_field_comes_from_the_source(climb: Climb) -> None:
     training = climb('target = "simulated"', "feature-extraction")
     assert training.images["target-test"] == training.images["source-test"]
     assert training.images["target-train"] == pytest.approx(training.images["source-train"], abs=2)
+
+
+def command(*words: str, folder: Path) -> "subprocess.Popen[str]":
+    """``python -m WORDS`` in a process of its own, with one thread each for what it starts."""
+    return subprocess.Popen(
+        [sys.executable, "-m", *words], cwd=folder, text=True, stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def record(folder: Path) -> Training:
+    path = folder / "build" / "t" / "train" / "training.json"
+    return msgspec.json.decode(path.read_bytes(), type=Training)
+
+
+@pytest.mark.slow
+def test_two_processes_climb_as_one(domains: Path, tmp_path: Path, climb: Climb) -> None:
+    alone = climb(f'target = "{domains / "field"}"', "fine-tuning")
+    together = tmp_path / "together"
+    (together / "build").mkdir(parents=True)
+    shutil.copy(tmp_path / "t.toml", together)
+    process = command(
+        "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "train", "t.toml",
+        folder=together,
+    )  # fmt: skip
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    assert said.count("the ladder ended") == 1, "one process speaks for all"
+    training = record(together)
+    assert training.processes == 2
+    assert [rung.name for rung in training.rungs] == [rung.name for rung in alone.rungs]
+    for one, two in zip(alone.rungs, training.rungs, strict=True):
+        for view, scores in one.scores.items():
+            assert two.scores[view].metric("auc") == pytest.approx(scores.metric("auc"), abs=0.03)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(
+    domains: Path, tmp_path: Path, climb: Climb
+) -> None:
+    """kill -9 after the fine-tuned network was finished, while the adversarial rung trains."""
+    data = f'target = "{domains / "field"}"'
+    longer = "[train.adversarial]\nepochs = 2", "[train.adversarial]\nepochs = 40\npatience = 0"
+    gap = "[train.similarity]", "[train.gate]\nstop_gap = 0.0\n[train.similarity]"
+    # The field stays below the source: the ladder goes up to the last rung.
+    text = climb(data, "as-is", change=longer).name
+    path = tmp_path / f"{text}.toml"
+    path.write_text(path.read_text().replace('strategy = "as-is"', "").replace(*gap))
+    process = command("train", path.name, folder=tmp_path)
+    state = tmp_path / "build" / "t" / "train" / "rung-fine-tuning.safetensors"
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("adversarial: epoch 1:"):
+            break
+    process.kill()
+    process.communicate()
+    kept = state.read_bytes()
+    assert train([str(path)]) == 0
+    resumed = record(tmp_path)
+    assert [rung.rung for rung in resumed.rungs][-1] == 3
+    tuned = next(rung for rung in resumed.rungs if rung.rung == 2)
+    shutil.rmtree(tmp_path / "build" / "t")
+    assert train([str(path)]) == 0
+    whole = record(tmp_path)
+    assert kept, "the finished rung was on disk when the process died"
+    assert resumed.rung == whole.rung
+    assert resumed.checkpoint_sha256 == whole.checkpoint_sha256
+    for one, two in zip(resumed.rungs, whole.rungs, strict=True):
+        assert one.scores == two.scores
+    assert tuned.scores == next(rung for rung in whole.rungs if rung.rung == 2).scores
