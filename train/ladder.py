@@ -334,7 +334,7 @@ class Ladder:
         *,
         field: bool,
     ) -> Candidate:
-        """Give the head its threshold; ``field``: field labels may have a say in it."""
+        """Give the head its threshold; ``field``: it is for the field, whose labels have a say."""
         offsets = self._offsets(head, seen, field=field)
         moved = _moved(head, offsets)
         return Candidate(
@@ -353,7 +353,7 @@ class Ladder:
         ]
         if not views:
             return np.zeros(self.material.classes)
-        allowed = self._keeps_source(head, seen) if len(views) > 1 else None
+        allowed = self._keeps_source(head, seen) if field and self.material.has_source else None
         return choose_offsets(views, self.settings.threshold, allowed)
 
     def _keeps_source(self, head: Head, seen: Seen) -> Callable[[Float64], bool]:
