@@ -22,12 +22,13 @@ from train.data import prepare
 from train.device import choose_device
 from train.domains import Track
 from train.evaluate import Scores, portrait, score, sweep_rows
-from train.ladder import Candidate, Climb, Ladder, Tried
+from train.ladder import Climb, Ladder
 from train.material import CACHE, Material
 from train.record import Rung, Skipped, Training, finished, training_key
 from train.report import ClimbTable, write_report
 from train.similarity import Similarity, measure
 from train.source import SourceRecord, source_model
+from train.trial import Candidate, Tried
 
 __all__ = ["CACHE", "train"]
 
