@@ -306,8 +306,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             self.source.checkpoint is None or self.data.target is None
         ):
             raise ValueError(
-                "[data] source is missing; without source images, give both [source] checkpoint "
-                "(the model to adapt) and [data] target (the field images)"
+                '[data] source is missing; add for example: source = "images/clean"; without source '
+                "images, give both [source] checkpoint (the model to adapt) and [data] target (the "
+                "field images)"
             )
         if self.data.target == SIMULATED and self.data.source is None:
             raise ValueError(f'[data] target = "{SIMULATED}" is made from source images: name them')
@@ -391,7 +392,6 @@ def _explain(message: str, tables: dict[str, Any]) -> str:
 _EXAMPLES = {
     "name": 'name = "solar"',
     "data": '[data] with source = "images/clean"',
-    "source": 'source = "images/clean"',
 }
 """A line for each key without a default."""
 

@@ -36,7 +36,9 @@ def recipe(folder: Path, **lines: str) -> Path:
         "data": 'source = "source"\ntarget = "target"',
         "input": "size = [32, 32]\nchannels = 1",
         "model": 'architecture = "efficientnet_lite0"',
-        "train": 'strategy = "feature-extraction"\nhead_epochs = 5',
+        "train": 'strategy = "feature-extraction"',
+        "source": "epochs = 1",
+        "train.head": "epochs = 5",
         **lines,
     }
     text = 'name = "bad"\n' + "".join(f"[{name}]\n{body}\n" for name, body in tables.items())
@@ -134,14 +136,15 @@ def test_domains_that_cannot_be_used(
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ({"train": "epocs = 3"}, "[train]: unknown key 'epocs'; did you mean 'epochs'?"),
-        ({"train": "epochs = 0"}, "[train.epochs]"),
+        ({"source": "epocs = 3"}, "[source]: unknown key 'epocs'; did you mean 'epochs'?"),
+        ({"source": "epochs = 0"}, "[source.epochs]"),
+        ({"train": "epochs = 3"}, "[train]: unknown key 'epochs'; it belongs to [source]"),
         ({"trian": "epochs = 3"}, "did you mean 'train'?"),
         ({"train": 'strategy = "fine-tunning"'}, "fine-tuning"),
         ({"model": 'architecture = "efficientnet_lite"'}, "did you mean"),
         ({"input": "size = [32, 32]\nchannels = 2"}, "channels"),
         ({"train": "epochs = "}, "not valid TOML"),
-        ({"train": "head_l2 = []"}, "one or more finite strengths"),
+        ({"train.head": "l2 = []"}, "one or more finite strengths"),
         ({"export": 'forms = ["fp16", "fp16"]'}, "each form once"),
     ],
 )
@@ -185,7 +188,7 @@ def test_export_before_training_or_with_another_recipe(
     other = here / "other.toml"
     other.write_text(QUICK.read_text().replace("[64, 64]", "[96, 96]"))
     assert "trained with another [input]" in fails(export, other, capsys)
-    other.write_text(QUICK.read_text().replace("epochs = 1", "epochs = 2"))
+    other.write_text(QUICK.read_text().replace("epochs = 1", "epochs = 2", 1))
     assert "[source], [train] or fieldfit changed since training" in fails(export, other, capsys)
     images = here / "build/quick/train/images.json"
     listed = images.read_text()
@@ -254,12 +257,12 @@ def interrupt(
 
 
 def test_ctrl_c_while_fine_tuning_and_the_same_command_again(tmp_path: Path) -> None:
-    done = interrupt("train", tmp_path, "feature extraction: auc", grace=1.0)
+    done = interrupt("train", tmp_path, "1 feature extraction", grace=2.0)
     assert done.returncode == 130, done.stderr
     assert "the same command goes on from here" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     nothing_half_written(tmp_path)
-    resumable = (tmp_path / "build/quick/train/resume.safetensors").exists()
+    resumable = (tmp_path / "build/quick/train/resume-fine-tuning.safetensors").exists()
     again = run(["train", str(QUICK)], tmp_path)
     assert again.returncode == 0, again.stderr
     assert ("going on from step" in again.stderr) == resumable

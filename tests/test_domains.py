@@ -234,7 +234,7 @@ def test_a_data_set_of_two_domains(tmp_path: Path, pictures: WriteDomain) -> Non
     assert keys == sorted(keys)
     counts = Counter((e.domain, e.label, e.split) for e in dataset.examples)
     assert counts["source", "good", "test"] in (12, 13)
-    assert counts["target", "bad", "validation"] == 1
+    assert counts["target", "bad", "validation"] == 2
     assert prepare(recipe(source), cache=tmp_path / "cache").field == "source"
 
 

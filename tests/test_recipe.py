@@ -16,11 +16,11 @@ REFUSED = [
     ('name = "a"', 'the key data is missing; add for example: [data] with source = "images/clean"'),
     (
         'name = "a"\n[data]\ntarget = "b"',
-        '[data]: the key source is missing; add for example: source = "images/clean"',
+        '[data] source is missing; add for example: source = "images/clean"; without source images',
     ),
     # unknown keys: the nearest, the right table, or all
     (LEAST + "[expotr]", "unknown key 'expotr'; did you mean 'export'?"),
-    (LEAST + "[train]\nepoch = 1", "[train]: unknown key 'epoch'; did you mean 'epochs'?"),
+    (LEAST + "[source]\nepoch = 1", "[source]: unknown key 'epoch'; did you mean 'epochs'?"),
     ("freeze = []\n" + LEAST, "unknown key 'freeze'; it belongs to [train]"),
     (
         LEAST + "[model]\nxyz = 1",
@@ -33,12 +33,13 @@ REFUSED = [
     # choices, in Literals, lists and enums
     (
         LEAST + '[train]\nstrategy = "dann"',
-        "[train.strategy]: 'dann' is not one of: feature-extraction, fine-tuning",
+        "[train.strategy]: 'dann' is not one of: auto, as-is, feature-extraction, coral, "
+        "fine-tuning, adversarial",
     ),
     (
         LEAST + '[train]\nstrategy = "finetuning"',
-        "[train.strategy]: 'finetuning' is not one of: feature-extraction, fine-tuning; "
-        "did you mean 'fine-tuning'?",
+        "[train.strategy]: 'finetuning' is not one of: auto, as-is, feature-extraction, coral, "
+        "fine-tuning, adversarial; did you mean 'fine-tuning'?",
     ),
     (
         LEAST + '[train]\naugment = ["flip-vertical", "flip"]',
@@ -54,12 +55,12 @@ REFUSED = [
     ),
     # limits
     (
-        LEAST + "[train]\nlearning_rate = 2.0",
-        "[train.learning_rate]: expected a number, above 0 and at most 1, got 2.0",
+        LEAST + "[source]\nlearning_rate = 2.0",
+        "[source.learning_rate]: expected a number, above 0 and at most 1, got 2.0",
     ),
     (
-        LEAST + "[train]\nlearning_rate = nan",
-        "[train.learning_rate]: expected a number, above 0 and at most 1, got nan",
+        LEAST + "[source]\nlearning_rate = nan",
+        "[source.learning_rate]: expected a number, above 0 and at most 1, got nan",
     ),
     ("seed = -1\n" + LEAST, "seed: expected a whole number, at least 0 and at most 2147483648"),
     (
@@ -68,8 +69,8 @@ REFUSED = [
     ),
     (LEAST + "[input]\nsize = [224]", "[input.size]: expected a list of 2 values, got [224]"),
     (
-        LEAST + "[train]\nhead_l2 = [1, -1]",
-        "[train.head_l2[1]]: expected a number, at least 0, got -1",
+        LEAST + "[train.head]\nl2 = [1, -1]",
+        "[train.head.l2[1]]: expected a number, at least 0, got -1",
     ),
     (
         'name = "a b"\n[data]\nsource = "elpv"',
@@ -77,12 +78,12 @@ REFUSED = [
     ),
     # types
     (
-        LEAST + '[train]\nbatch = "x"',
-        "[train.batch]: expected a whole number, at least 2 and at most 4096, got 'x'",
+        LEAST + '[train.fine_tuning]\nbatch = "x"',
+        "[train.fine_tuning.batch]: expected a whole number, at least 2 and at most 4096, got 'x'",
     ),
     (
-        LEAST + "[train]\nepochs = true",
-        "[train.epochs]: expected a whole number, at least 1, got true",
+        LEAST + "[source]\nepochs = true",
+        "[source.epochs]: expected a whole number, at least 1, got true",
     ),
     (LEAST + "[input]\nsize = 224", "[input.size]: expected a list of 2 values, got 224"),
     ("train = 1\n" + LEAST, "[train]: expected a table, got 1"),
@@ -92,7 +93,7 @@ REFUSED = [
     # what only the whole table can tell
     (LEAST + "[input]\nchannels = 2", "[input]: channels must be 1 (gray) or 3 (RGB), got 2"),
     (LEAST + "[input]\nwindow = [5, 5]", "[input]: window must be [low, high] with low < high"),
-    (LEAST + "[data.splits]\ntrain = 0.9", "train + validation + test must be 1, got 1.25"),
+    (LEAST + "[data.splits]\ntrain = 0.9", "train + validation + test must be 1, got 1.3"),
     # not TOML
     ("name = ", "not valid TOML"),
 ]
@@ -105,6 +106,13 @@ def test_refused_with_the_way_out(text: str, expected: str) -> None:
     assert str(caught.value).startswith("solar.toml: ")
     assert expected in str(caught.value)
     assert "`" not in str(caught.value)
+
+
+def test_a_brought_model_can_do_without_source_images() -> None:
+    text = 'name = "a"\n[data]\ntarget = "field"\n[source]\ncheckpoint = "m.safetensors"\n'
+    assert parse_recipe(text, "x").data.source is None
+    with pytest.raises(RecipeError, match="simulated.* is made from source images"):
+        parse_recipe(text.replace('"field"', '"simulated"'), "x")
 
 
 def test_the_least_recipe_has_defaults_for_the_rest() -> None:

@@ -17,7 +17,7 @@ from runtime.recipe import Splits
 from train.domains import Candidate
 from train.splits import SPLITS, assign_splits, limit_images
 
-SHARES = Splits()
+SHARES = Splits(train=0.65, validation=0.10, test=0.25)
 DOMAINS: tuple[Domain, ...] = ("source", "target")
 LABELS = ("bad", "good", "odd")
 
