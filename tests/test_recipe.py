@@ -111,7 +111,7 @@ def test_refused_with_the_way_out(text: str, expected: str) -> None:
 def test_a_brought_model_can_do_without_source_images() -> None:
     text = 'name = "a"\n[data]\ntarget = "field"\n[source]\ncheckpoint = "m.safetensors"\n'
     assert parse_recipe(text, "x").data.source is None
-    with pytest.raises(RecipeError, match="simulated.* is made from source images"):
+    with pytest.raises(RecipeError, match=r"simulated.* is made from source"):
         parse_recipe(text.replace('"field"', '"simulated"'), "x")
 
 
