@@ -306,9 +306,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
             self.source.checkpoint is None or self.data.target is None
         ):
             raise ValueError(
-                '[data] source is missing; add for example: source = "images/clean"; without source '
-                "images, give both [source] checkpoint (the model to adapt) and [data] target (the "
-                "field images)"
+                '[data] source is missing; add for example: source = "images/clean"; without '
+                "source images, give both [source] checkpoint (the model to adapt) and [data] "
+                "target (the field images)"
             )
         if self.data.target == SIMULATED and self.data.source is None:
             raise ValueError(f'[data] target = "{SIMULATED}" is made from source images: name them')

@@ -16,7 +16,7 @@ REFUSED = [
     ('name = "a"', 'the key data is missing; add for example: [data] with source = "images/clean"'),
     (
         'name = "a"\n[data]\ntarget = "b"',
-        '[data] source is missing; add for example: source = "images/clean"; without source images',
+        '[data] source is missing; add for example: source = "images/clean"; without',
     ),
     # unknown keys: the nearest, the right table, or all
     (LEAST + "[expotr]", "unknown key 'expotr'; did you mean 'export'?"),
