@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks.harness import Options, Report, Table
 from runtime.errors import DataError
-from runtime.recipe import Recipe, load_recipe
+from runtime.recipe import Recipe, TrainSettings, load_recipe
 
 if TYPE_CHECKING:
     from train.evaluate import Scores
@@ -75,24 +75,31 @@ def _chains(seed: int, *, quick: bool) -> list[list[Recipe]]:
     return [
         poly,
         [_changed(field, "bench-field-200", seed, 200)],
-        [msgspec.structs.replace(every, name=f"bench-all-{seed}", seed=seed)],
+        [_named(every, f"bench-all-{seed}", seed, _quick_report(every.train))],
     ]
 
 
 def _changed(recipe: Recipe, name: str, seed: int, labels: int | None) -> Recipe:
     train = msgspec.structs.replace(
-        recipe.train,
-        freeze=("conv_stem", "bn1", "blocks.0", "blocks.1"),
-        similarity=msgspec.structs.replace(recipe.train.similarity, images=SWEPT),
+        _quick_report(recipe.train), freeze=("conv_stem", "bn1", "blocks.0", "blocks.1")
     )
     if labels not in WHOLE or recipe.name == "solar-field":
         never = msgspec.structs.replace(train.adversarial, min_images=10**9)
         train = msgspec.structs.replace(train, adversarial=never)
     return msgspec.structs.replace(
-        recipe, name=f"{name}-{seed}", seed=seed, train=train,
+        _named(recipe, f"{name}-{seed}", seed, train),
         data=msgspec.structs.replace(recipe.data, labels=labels),
         input=msgspec.structs.replace(recipe.input, size=SIZE),
     )  # fmt: skip
+
+
+def _named(recipe: Recipe, name: str, seed: int, train: TrainSettings) -> Recipe:
+    return msgspec.structs.replace(recipe, name=name, seed=seed, train=train)
+
+
+def _quick_report(train: TrainSettings) -> TrainSettings:
+    similarity = msgspec.structs.replace(train.similarity, images=SWEPT)
+    return msgspec.structs.replace(train, similarity=similarity)
 
 
 def _word(labels: int | None) -> str:
