@@ -80,7 +80,7 @@ def _write(material: Material, climb: Climb, training: Training) -> Training:
         input=material.recipe.input, recipe_sha256=training.recipe_sha256,
         dataset_sha256=training.dataset_sha256, rung=training.rung,
         temperature=training.temperature, verified=training.verified, adaptation=training.reason,
-        labels_used=training.labels_used,
+        labels_used=training.labels_used if climb.kept.rung else 0,
     )  # fmt: skip
     digest = write_checkpoint(folder / "checkpoint.safetensors", climb.kept.model, facts)
     training = msgspec.structs.replace(training, checkpoint_sha256=digest)
