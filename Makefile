@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 RECIPE ?= train/recipes/solar.toml
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -47,8 +48,8 @@ export: $(READY)  ## prove the model in every precision and write the bundle
 run: $(READY)  ## classify a few held-out field images with the bundle
 	@$(BIN)/python -m export "$(RECIPE)" --run
 
-test: $(READY)  ## run all tests
-	@$(BIN)/python -m pytest
+test: $(READY)  ## run all tests, JOBS at a time
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 docs: $(READY)  ## write the pages that are made from the code
 	@$(BIN)/python docs/generate.py

@@ -9,6 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+if (_worker := os.environ.get("PYTEST_XDIST_WORKER")) is not None:
+    # A core for each worker, and for what it starts: threads of two that share theirs would spend
+    # their time waiting for each other.
+    _cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {_cores[int(_worker.removeprefix("gw")) % len(_cores)]})
+
 
 def draw(class_index: int, number: int, size: int = 32) -> Image.Image:
     """A gray picture of stripes, finer for each further class, with phase and noise of its own."""
