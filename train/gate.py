@@ -200,24 +200,27 @@ def retention(after: Floats, before: Floats, labels: Ints, budget: LadderGate) -
     ]
     flips = negative_flips(before.argmax(axis=1), after.argmax(axis=1), labels)
     return [
-        _limit("source AUC", auc[0] - auc[1], budget.max_auc_drop, "down {:.3f}"),
-        _limit(
+        _drop("source AUC", auc[0] - auc[1], budget.max_auc_drop),
+        _drop(
             "source balanced accuracy",
             balanced[0] - balanced[1],
             budget.max_balanced_accuracy_drop,
-            "down {:.3f}",
         ),
-        _limit(FLIPS, flips, budget.max_negative_flips, "{:.3f}"),
+        _limit(FLIPS, flips, budget.max_negative_flips, f"{FLIPS} {flips:.3f}, at most"),
     ]
 
 
-def _limit(name: str, value: float, limit: float, form: str) -> Check:
+def _drop(name: str, drop: float, limit: float) -> Check:
+    words = f"{name} {-drop:+.3f}, may fall by"
+    return _limit(name, drop, limit, words)
+
+
+def _limit(name: str, value: float, limit: float, words: str) -> Check:
     # NaN (a class is missing among the held-out images) is no proof.
     passed = bool(value <= limit + 1e-9)
-    words = f"{name} {form.format(value)}, at most {limit:g}"
     # None, since JSON has no NaN.
     known = None if np.isnan(value) else value
-    return Check(name=name, passed=passed, words=words, value=known, limit=limit)
+    return Check(name=name, passed=passed, words=f"{words} {limit:g}", value=known, limit=limit)
 
 
 def metric_value(logits: Floats, labels: Ints, metric: Metric) -> float:

@@ -127,7 +127,7 @@ def write_ladder(path: Path, steps: Sequence[Step], *, metric: str) -> None:
         spare = max(0.0, LEAST_SPAN - (high - low)) / 2
         panel.set_xlim(low - spare, high + spare)
         panel.set_ylim(-0.5, len(steps) - 0.5)
-        panel.set_xlabel(f"{metric}, with its interval")
+        panel.set_xlabel(f"{metric} on validation images, with its interval")
         panel.grid(axis="y", visible=False)
         panel.spines["left"].set_visible(False)
         panel.tick_params(axis="y", length=0)

@@ -79,7 +79,7 @@ def write_report(folder: Path, training: "Training", classes: tuple[str, ...]) -
     if others:
         written.append(folder / "ladder.png")
         steps = [_step(r, training.metric) for r in training.rungs]
-        plots.write_ladder(written[-1], steps, metric=f"{training.metric}, validation images")
+        plots.write_ladder(written[-1], steps, metric=training.metric)
     kept = next(r for r in training.rungs if r.kept)
     if kept is not first and kept.similarity and kept.similarity.errors and first.similarity.errors:
         written.append(folder / "robustness.png")
