@@ -153,11 +153,23 @@ def _report(trainings: "dict[str, Training]", seeds: Sequence[int], *, quick: bo
         notes=("Of what the ladder shipped, unless the line says otherwise.",),
     )
     figures: dict[str, object] = {
-        name: msgspec.to_builtins(training) for name, training in sorted(trainings.items())
+        name: [_figures(rung) for rung in training.rungs]
+        for name, training in sorted(trainings.items())
     }
     return Report(
         title="Adaptation", tables=(ladder,) if quick else (table, ladder), figures=figures
     )
+
+
+def _figures(rung: "Rung") -> dict[str, object]:
+    """What the tables are made of, unrounded, and why the rung was kept or dropped."""
+    similarity = rung.similarity
+    return {
+        "name": rung.name, "kept": rung.kept, "reason": rung.reason, "seconds": rung.seconds,
+        "scores": msgspec.to_builtins(rung.scores),
+        "agreement": similarity.agreement if similarity else None,
+        "negative flips": similarity.negative_flips if similarity else None,
+    }  # fmt: skip
 
 
 def _rows(label: str, trainings: "Sequence[Training]") -> list[tuple[str, ...]]:
