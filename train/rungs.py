@@ -21,7 +21,7 @@ from train.adversarial import DISCRIMINATOR, distrust, make_objective
 from train.coral import recolour
 from train.finetune import Group, History, fine_tune
 from train.gate import metric_value
-from train.head import Features, Head, choose_strength, fit_head
+from train.head import Features, Head, choose_strength, fit_head, join_targets
 from train.material import CACHE, Material, balanced_weights
 from train.model import ImageClassifier, build_model
 from train.objective import SOURCE, TARGET, Objective, TaskLoss
@@ -108,7 +108,7 @@ def feature_extraction(material: Material, source: Source) -> tuple[Head, Detail
         )  # fmt: skip
         head = fit_head(
             source.features,
-            np.concatenate([targets, np.eye(material.classes, dtype=np.float32)[labels[field]]]),
+            join_targets(targets, labels[field], material.classes),
             weights, classes=material.classes, l2=l2, epochs=settings.epochs, start=source.head,
             rows=np.concatenate([replay, field]),
         )  # fmt: skip
@@ -127,7 +127,7 @@ def coral(material: Material, source: Source) -> tuple[Head, Details]:
     targets = _kept_targets(source, rows, labels, material.classes)
     head = fit_head(
         np.concatenate([as_they_are, recoloured]),
-        np.concatenate([targets, np.eye(material.classes, dtype=np.float32)[labels]]),
+        join_targets(targets, labels, material.classes),
         np.ones(2 * len(rows), np.float32), classes=material.classes, l2=CORAL_L2,
         epochs=material.recipe.train.head.epochs, start=source.head,
     )  # fmt: skip
