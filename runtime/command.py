@@ -31,13 +31,13 @@ def run_command(program: str, run: Callable[[], int], *, interrupted: str = "int
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name that a terminal cannot show is no error
             stream.reconfigure(errors="backslashreplace")
+    code = 1
     try:
         return run()
     except FieldfitError as error:
         message = str(error)
     except KeyboardInterrupt:
-        print(f"{program}: {interrupted}", file=sys.stderr)
-        return 130
+        code, message = 130, interrupted
     except BrokenPipeError:  # `fieldfit classify ... | head` is no error
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         sys.stderr.close()
@@ -47,5 +47,7 @@ def run_command(program: str, run: Callable[[], int], *, interrupted: str = "int
             raise
         place = error.filename or "writing results"
         message = f"{place}: {error.strerror}: {MACHINE_ERRORS[error.errno]}"
+    # Only now are the frames gone that the exception held, and with them the progress bars of
+    # generators that stopped half-way: what they print comes first, this line last.
     print(f"{program}: {message}", file=sys.stderr)
-    return 1
+    return code
