@@ -33,8 +33,10 @@ from calibration.graph import (
     check_names,
 )
 from calibration.quantize import (
+    NOT_TUNED,
     Emitted,
     Scale,
+    Tuned,
     Writer,
     asymmetric,
     corrected_bias,
@@ -58,11 +60,13 @@ def emit(
     *,
     float_nodes: Collection[str] = (),
     correct_bias: bool = True,
+    tuned: Tuned = NOT_TUNED,
 ) -> Emitted:
     """``graph`` with the convolutions, and what lies between them, in 8-bit form.
 
     ``float_nodes`` names nodes that stay float; ``correct_bias`` takes the mean effect of rounding
-    the weights back out of the biases. ``graph`` is not changed.
+    the weights back out of the biases, where ``tuned`` does not say better. ``graph`` is not
+    changed.
 
     Raises ExportError if the graph is not what export writes, or the table is another graph's.
     """
@@ -70,7 +74,7 @@ def emit(
     check_names(index, float_nodes)
     table.check_graph(graph)
     plan = _plan(index, float_nodes)
-    emitter = _Emitter(index, table, plan, correct_bias)
+    emitter = _Emitter(index, table, plan, correct_bias, tuned)
     for node in graph.graph.node:
         emitter.write(node)
     return Emitted(emitter.writer.model(), tuple(plan.convs), plan.kept_float)
@@ -207,9 +211,11 @@ def _gate(node: onnx.NodeProto) -> tuple[float, float]:
 
 
 class _Emitter:
-    def __init__(self, graph: Graph, table: Table, plan: _Plan, correct_bias: bool) -> None:
+    def __init__(
+        self, graph: Graph, table: Table, plan: _Plan, correct_bias: bool, tuned: Tuned
+    ) -> None:
         self.graph, self.table, self.plan = graph, table, plan
-        self.correct_bias = correct_bias
+        self.correct_bias, self.tuned = correct_bias, tuned
         self.writer = Writer(graph)
         self.scales: dict[str, Scale] = {}
         self.quantized: dict[str, str] = {}
@@ -294,14 +300,16 @@ class _Emitter:
 
     def _weights(self, conv: Conv, names: list[str]) -> Iterable[str]:
         input_scale = self.scales[conv.input].scale
-        scales, bias = weight_scales(conv.weight), conv.bias
+        scales, bias = self.tuned.scales.get(conv.name, weight_scales(conv.weight)), conv.bias
         if bias is not None:
             scales = room_for_bias(scales, bias, input_scale)
-        weight = quantize_weight(conv.weight, scales)
+        weight = self.tuned.weights.get(conv.name, quantize_weight(conv.weight, scales))
         fold = self.fold if self.fold is not None and self.fold.conv == conv.name else None
         written = weight if fold is None else fold.weight(weight)
         yield self.writer.constant_dequantize(names[1], written, scales)
-        if self.correct_bias:
+        if conv.name in self.tuned.biases:
+            bias = self.tuned.biases[conv.name]
+        elif self.correct_bias:
             means = self.table.channel_means(conv.input)
             bias = corrected_bias(conv, weight, scales, means)
         if bias is not None:

@@ -39,6 +39,25 @@ class Emitted:
 
 
 @dataclasses.dataclass(frozen=True)
+class Tuned:
+    """What was learned about single layers on calibration images, by the layers' names.
+
+    It replaces what a dialect would do by itself: round to nearest, with scales that reach the
+    largest weight, and take the mean effect of that out of the bias.
+    """
+
+    scales: Mapping[str, Float32] = dataclasses.field(default_factory=dict)
+    """Weight scales ``[O]``."""
+    weights: Mapping[str, npt.NDArray[np.int8]] = dataclasses.field(default_factory=dict)
+    """Quantized weights in the layer's own shape, in steps of its scales."""
+    biases: Mapping[str, Float32] = dataclasses.field(default_factory=dict)
+    """Biases ``[O]``, corrected already."""
+
+
+NOT_TUNED = Tuned()
+
+
+@dataclasses.dataclass(frozen=True)
 class Scale:
     """How one activation tensor is quantized."""
 

@@ -17,8 +17,10 @@ import onnx
 
 from calibration.graph import LINEAR_OPS, Conv, Graph, Preprocessing, check_names
 from calibration.quantize import (
+    NOT_TUNED,
     Emitted,
     Scale,
+    Tuned,
     Writer,
     corrected_bias,
     quantize_weight,
@@ -37,11 +39,13 @@ def emit(
     *,
     float_nodes: Collection[str] = (),
     correct_bias: bool = True,
+    tuned: Tuned = NOT_TUNED,
 ) -> Emitted:
     """``graph`` with the convolutions that TensorRT should run in INT8 quantized.
 
     ``float_nodes`` names nodes that stay float; ``correct_bias`` takes the mean effect of rounding
-    the weights back out of the biases. ``graph`` is not changed.
+    the weights back out of the biases, where ``tuned`` does not say better. ``graph`` is not
+    changed.
 
     Raises ExportError if the graph is not what export writes, or the table is another graph's.
     """
@@ -72,10 +76,12 @@ def emit(
         inputs = [dequantized[t] if t in wanted else t for t in node.input]
         if node.name in convs:
             conv = convs[node.name]
-            scales = weight_scales(conv.weight)
-            weight = quantize_weight(conv.weight, scales)
+            scales = tuned.scales.get(conv.name, weight_scales(conv.weight))
+            weight = tuned.weights.get(conv.name, quantize_weight(conv.weight, scales))
             inputs[1] = writer.constant_dequantize(node.input[1], weight, scales)
-            if correct_bias:
+            if conv.name in tuned.biases:
+                inputs[2:] = [writer.constant(f"{node.name}_bias", tuned.biases[conv.name])]
+            elif correct_bias:
                 bias = corrected_bias(conv, weight, scales, table.channel_means(conv.input))
                 inputs[2:] = [writer.constant(f"{node.name}_bias", bias)]
         writer.copy(node, inputs)
