@@ -113,6 +113,30 @@ def choose_images(
     return Choice(chosen=tuple(chosen), refused=tuple(refused), candidates=len(examples))
 
 
+def held_out(
+    examples: Sequence[Example], choice: Choice, *, count: int, spec: InputSpec, seed: int
+) -> tuple[Example, ...]:
+    """Up to ``count`` of ``examples`` that ``choice`` did not take, to test its ranges on.
+
+    Balanced over classes, strata and groups like the choice, in an order drawn by ``seed``; only
+    images that could have been chosen. Empty if ``choice`` took all.
+    """
+    chosen = set(choice.digests)
+    rows, _ = _without_duplicates(examples, _order(examples, seed))
+    picker = _Picker([examples[row] for row in rows if examples[row].sha256 not in chosen], None)
+    held: list[Example] = []
+    while len(held) < count:
+        pick = picker.next()
+        if pick is None:
+            break
+        if _fault(picker.examples[pick], spec):
+            picker.refuse(pick)
+            continue
+        picker.accept(pick)
+        held.append(picker.examples[pick])
+    return tuple(held)
+
+
 def batches(choice: Choice, spec: InputSpec, *, size: int = 4) -> Iterator[UInt8]:
     """The chosen images as uint8 batches ``[<= size, H, W, C]``, read one batch at a time."""
     for start in range(0, len(choice.chosen), size):

@@ -14,6 +14,7 @@ from calibration.images import (
     batches,
     choose_images,
     degenerate,
+    held_out,
     write_choice,
 )
 from runtime.dataset import Example
@@ -177,3 +178,23 @@ def test_batches_hold_the_chosen_images_in_their_order(tmp_path: Path) -> None:
         np.testing.assert_array_equal(read[1][1][:, :, 0], np.asarray(picture))
     write_choice(tmp_path / "images.json", choice)
     assert choice.chosen[0].reason in (tmp_path / "images.json").read_text()
+
+
+def test_held_out_images_are_balanced_usable_and_not_among_the_chosen(tmp_path: Path) -> None:
+    examples = [
+        *write_examples(tmp_path, 20, label="good", seed=1),
+        *write_examples(tmp_path, 12, label="cracked", seed=2),
+    ]
+    Path(examples[-1].path).unlink()
+    choice = choose(examples, 8)
+    held = held_out(examples, choice, count=10, spec=SPEC, seed=0)
+    assert Counter(example.label for example in held) == {"good": 5, "cracked": 5}
+    assert not {example.sha256 for example in held} & set(choice.digests)
+    again = held_out(examples[::-1], choice, count=10, spec=SPEC, seed=0)
+    assert again == held
+    assert held_out(examples, choice, count=10, spec=SPEC, seed=1) != held
+    rest = held_out(examples, choice, count=100, spec=SPEC, seed=0)
+    assert len(rest) == 32 - 8 - 1
+    assert examples[-1] not in rest
+    everything = choose(examples, 32)
+    assert held_out(examples, everything, count=4, spec=SPEC, seed=0) == ()
