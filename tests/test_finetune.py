@@ -215,6 +215,12 @@ def test_the_start_is_kept_if_no_epoch_is_better(tmp_path: Path) -> None:
         assert torch.equal(objective.model.state_dict()[name], tensor), name
 
 
+def test_a_handicapped_start_must_be_ahead_by_more_than_that(tmp_path: Path) -> None:
+    for handicap, kept in [(0.02, 0), (0.04, 2)]:
+        _, history = train(tmp_path, validate=scores(0.93, 0.88, 0.9), start_handicap=handicap)
+        assert (history.start_score, history.kept_epoch) == (0.93, kept)
+
+
 @pytest.mark.parametrize("validate", [None, lambda model: float("nan")])
 def test_the_last_epoch_is_kept_where_nothing_can_tell(
     tmp_path: Path, validate: Callable[[ImageClassifier], float] | None

@@ -134,11 +134,6 @@ def test_flips_and_churn_by_hand() -> None:
     assert math.isnan(similarity.negative_flips(before, after, np.full(6, -1)))
 
 
-def test_predicted_rates_count_classes_that_nobody_predicts() -> None:
-    logits = np.array([[3, 1, 0], [2, 1, 0], [0, 1, 0], [5, 0, 0]], dtype=np.float32)
-    assert similarity.predicted_rates(logits) == (0.75, 0.25, 0.0)
-
-
 def hsic_cka(x: Floats, y: Floats) -> float:
     """CKA by Gram matrices and the centring matrix: Kornblith et al. 2019, equations 3 and 4."""
     centre = np.eye(len(x)) - 1 / len(x)

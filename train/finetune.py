@@ -56,6 +56,7 @@ def fine_tune(
     validate: Callable[[ImageClassifier], float] | None,
     watch: Watcher,
     extra_rate: float | None = None,
+    start_handicap: float = 0.0,
     save_every_s: float = SAVE_EVERY_S,
 ) -> History:
     """Train what ``objective`` holds, in place, and leave its model at the best epoch, on the CPU.
@@ -68,8 +69,9 @@ def fine_tune(
     ``tune`` names the backbone's modules to train besides the head; () trains all. The objective's
     own parameters learn at ``extra_rate`` at most, by default at the head's rate.
 
-    ``validate`` scores the model, higher is better; the start is a candidate. With None nothing
-    can tell a good epoch and the last one is kept. ``state_path`` holds the resumable state; it is
+    ``validate`` scores the model, higher is better; the start is a candidate, and its score counts
+    ``start_handicap`` less than it is. With None nothing can tell a good epoch and the last one is
+    kept. ``state_path`` holds the resumable state; it is
     used only if ``key`` is the same, and removed by the caller when its result is safe.
 
     Under torchrun all processes call this with the same arguments and get the same result.
@@ -104,7 +106,7 @@ def fine_tune(
         watch.note(note)
     training = Training(
         model=objective.model, optimization=optimization, course=course, schedule=schedule,
-        validate=validate, watch=watch,
+        validate=validate, start_handicap=start_handicap, watch=watch,
     )  # fmt: skip
     training.restore(state_path, key)
     training.run(steps, device, lambda: training.save(state_path), save_every_s=save_every_s)

@@ -199,29 +199,34 @@ class Ladder:
         )  # fmt: skip
 
     def _fine_tuning(self) -> None:
-        """Rung 2, then back towards the source model for as long as too much of that is lost."""
         if self.settings.strategy != "auto" and self.fitted is self.source.head:
             self.fitted, _ = feature_extraction(self.material, self.source)
         start = time.monotonic()
         tuned, details = self._once(
             "fine-tuning", lambda: fine_tuning(self.material, self.source, self.fitted)
         )
-        for share in self.settings.fine_tuning.interpolation:
-            model = interpolate(self.material.recipe, self.source.model, tuned, share)
-            name = "fine-tuning" if share == 1 else f"fine-tuning, {share:g} of the way"
-            forgot = self.trials.judge_network(
-                name, 2, model, msgspec.structs.replace(details, interpolation=share), start
-            )
-            if self.trials.kept.rung == 2 or not forgot:
-                return
+        self._judge_network("fine-tuning", 2, tuned, details, start)
 
     def _adversarial(self) -> None:
         start = time.monotonic()
         begin = self.trials.kept.model if self.trials.kept.rung else self.source.model
-        model, details = self._once(
+        tuned, details = self._once(
             "adversarial", lambda: adversarial(self.material, self.source, begin)
         )
-        self.trials.judge_network(f"adversarial ({details.method})", 3, model, details, start)
+        self._judge_network(f"adversarial ({details.method})", 3, tuned, details, start)
+
+    def _judge_network(
+        self, name: str, rung: int, tuned: ImageClassifier, details: Details, start: float
+    ) -> None:
+        """A trained network, then back towards the source model while too much of that is lost."""
+        for share in self.settings.fine_tuning.interpolation:
+            model = interpolate(self.material.recipe, self.source.model, tuned, share)
+            part = name if share == 1 else f"{name}, {share:g} of the way"
+            forgot = self.trials.judge_network(
+                part, rung, model, msgspec.structs.replace(details, interpolation=share), start
+            )
+            if self.trials.kept.rung == rung or not forgot:
+                return
 
     def _once(
         self, name: str, make: Callable[[], tuple[ImageClassifier, Details]]

@@ -49,9 +49,11 @@ class Training:
         course: Course,
         schedule: Schedule,
         validate: Callable[[ImageClassifier], float] | None,
+        start_handicap: float,
         watch: Watcher,
     ) -> None:
         self.model, self.optimization, self.course = model, optimization, course
+        self.start_handicap = start_handicap
         self.schedule, self.validate, self.watch = schedule, validate, watch
         self.weights = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.best = {n: p.detach().clone() for n, p in self.weights.items()}
@@ -62,7 +64,8 @@ class Training:
         if self.state.step:
             self.watch.resumed(self.state.step, self.course.steps)
         else:
-            self.state.start_score = self.state.best_score = self._score()
+            self.state.start_score = score = self._score()
+            self.state.best_score = None if score is None else score - self.start_handicap
 
     def run(
         self,

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime import metrics
+from train.threshold import class_rates
 
 Float64 = npt.NDArray[np.float64]
 
@@ -121,11 +122,11 @@ def measure(
     images, rates = {}, {}
     if before.source is not None and after.source is not None and source_labels is not None:
         images["source"] = len(source_labels)
-        rates["source"] = predicted_rates(after.source.logits)
+        rates["source"] = _rates(after.source.logits)
         result |= _retention(before.source, after.source, source_labels)
     if before.target is not None and after.target is not None:
         images["target"] = len(after.target.logits)
-        rates["target"] = predicted_rates(after.target.logits)
+        rates["target"] = _rates(after.target.logits)
         result["target_cka"] = _known(linear_cka(before.target.features, after.target.features))
     if before.sweep is not None and after.sweep is not None and sweep_labels is not None:
         images["sweep"] = len(sweep_labels)
@@ -191,10 +192,8 @@ def churn(before: metrics.Ints, after: metrics.Ints) -> float:
     return float(np.mean(before != after))
 
 
-def predicted_rates(logits: metrics.Floats) -> tuple[float, ...]:
-    """Share of the images of ``logits [N, K]`` that go to each of the K classes; they sum to 1."""
-    counts = np.bincount(logits.argmax(axis=1), minlength=logits.shape[1])
-    return tuple((counts / len(logits)).tolist())
+def _rates(logits: metrics.Floats) -> tuple[float, ...]:
+    return tuple(class_rates(logits.argmax(axis=1), logits.shape[1]).tolist())
 
 
 def linear_cka(x: metrics.Floats, y: metrics.Floats) -> float:
