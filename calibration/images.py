@@ -3,7 +3,7 @@
 It does not know the model; of features it knows only how far apart two are. The choice depends on
 the images' content and the seed, never on their paths or order.
 
-Why it matters: a few black or constant images among the calibration images widen or collapse
+Why it matters: a few black images or pure noise among the calibration images widen or collapse
 ranges so much that a good model answers at random, while any sane choice works about equally well.
 """
 
@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from calibration.faults import Judge
 from runtime import atomic
 from runtime.dataset import Example, SetAside
 from runtime.errors import DataError
@@ -28,11 +29,8 @@ MIN_IMAGES = 8
 ADVISED_IMAGES = 64
 """Fewer can leave a network with unbounded activations some 20 dB worse."""
 
-FLAT_LEVELS = 4
-"""Images with less contrast than this, in 8-bit levels, show nothing."""
-
-DARK_LEVEL = 8
-"""Images with no level above this are black, and with none below 255 - DARK_LEVEL saturated."""
+MAX_FAULTY = 0.5
+"""Share of the images looked at that may be unusable before the data as a whole is wrong."""
 
 
 class Chosen(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -79,21 +77,27 @@ def choose_images(
     the space of ``features`` ``[len(examples), D]`` (k-centre greedy: Gonzalez 1985), or without
     features in an order drawn by ``seed``.
 
+    Images that must not calibrate (see Judge) are refused on the way, each with its reason.
+
     Raises DataError for an example that is not of a training split, examples of several domains,
-    features that do not fit the examples, or fewer than MIN_IMAGES usable images.
+    features that do not fit the examples, fewer than MIN_IMAGES usable images, or more than
+    MAX_FAULTY of those looked at unusable: what is left of a wrong folder is no sample of the
+    field, and nobody reads a warning in a nightly run. Images that occur twice are no fault.
     """
     _refuse_examples(examples, features)
     order = _order(examples, seed)
-    rows, refused = _without_duplicates(examples, order)
+    rows, twins = _without_duplicates(examples, order)
     picker = _Picker([examples[row] for row in rows], None if features is None else features[rows])
+    judge = Judge(examples, spec)
     chosen: list[Chosen] = []
+    refused: list[SetAside] = []
     while len(chosen) < count:
         pick = picker.next()
         if pick is None:
             break
         example = picker.examples[pick]
-        if fault := _fault(example, spec):
-            refused.append(SetAside(path=example.path, reason=fault))
+        if reason := judge.objection(example):
+            refused.append(SetAside(path=example.path, reason=reason))
             picker.refuse(pick)
             continue
         chosen.append(
@@ -104,12 +108,8 @@ def choose_images(
                 reason=picker.accept(pick),
             )
         )
-    if len(chosen) < MIN_IMAGES:
-        why = "; ".join(f"{r.path}: {r.reason}" for r in refused[:3]) or "none was refused"
-        raise DataError(
-            f"expected at least {MIN_IMAGES} usable calibration images, got {len(chosen)} of "
-            f"{len(examples)} ({why}); add images to the training split"
-        )
+    refused += twins
+    _refuse_choice(chosen, refused, judge.faulty, len(examples))
     return Choice(chosen=tuple(chosen), refused=tuple(refused), candidates=len(examples))
 
 
@@ -124,12 +124,16 @@ def held_out(
     chosen = set(choice.digests)
     rows, _ = _without_duplicates(examples, _order(examples, seed))
     picker = _Picker([examples[row] for row in rows if examples[row].sha256 not in chosen], None)
+    judge = Judge(examples, spec)
+    for example in examples:
+        if example.sha256 in chosen:
+            judge.objection(example)
     held: list[Example] = []
     while len(held) < count:
         pick = picker.next()
         if pick is None:
             break
-        if _fault(picker.examples[pick], spec):
+        if judge.objection(picker.examples[pick]):
             picker.refuse(pick)
             continue
         picker.accept(pick)
@@ -149,29 +153,21 @@ def write_choice(path: Path, choice: Choice) -> None:
     atomic.write_bytes(path, msgspec.json.format(msgspec.json.encode(choice), indent=1) + b"\n")
 
 
-def degenerate(picture: UInt8) -> str:
-    """Why ``picture`` ``[H, W, C]`` says nothing about the field; empty if it does.
-
-    One pixel in a thousand may be hot or dead without counting.
-    """
-    low, high = np.percentile(picture, [0.1, 99.9])
-    if high <= DARK_LEVEL:
-        return f"black: no level above {high:.0f}"
-    if low >= 255 - DARK_LEVEL:
-        return f"saturated: no level below {low:.0f}"
-    if high - low < FLAT_LEVELS:
-        return f"constant: levels {low:.0f} to {high:.0f}"
-    return ""
-
-
-def _fault(example: Example, spec: InputSpec) -> str:
-    try:
-        data = Path(example.path).read_bytes()
-        if hashlib.sha256(data).hexdigest() != example.sha256:
-            return "changed since the list of images was made"
-        return degenerate(preprocess(data, spec))
-    except (DataError, OSError) as error:
-        return f"unreadable: {error}"
+def _refuse_choice(
+    chosen: Sequence[Chosen], refused: Sequence[SetAside], faulty: int, candidates: int
+) -> None:
+    why = "; ".join(f"{r.path}: {r.reason}" for r in refused[:3]) or "none was refused"
+    if len(chosen) < MIN_IMAGES:
+        raise DataError(
+            f"expected at least {MIN_IMAGES} usable calibration images, got {len(chosen)} of "
+            f"{candidates} ({why}); add images to the training split"
+        )
+    looked_at = len(chosen) + faulty
+    if faulty > MAX_FAULTY * looked_at:
+        raise DataError(
+            f"{faulty} of {looked_at} calibration images are unusable, expected at most "
+            f"{MAX_FAULTY:.0%} ({why}); is this the field's folder? Mend or remove them"
+        )
 
 
 def _refuse_examples(

@@ -3,17 +3,20 @@
 import hashlib
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
+import numpy.typing as npt
 import pytest
 from PIL import Image
 
+from calibration.faults import degenerate, texture
 from calibration.images import (
     MIN_IMAGES,
     Choice,
     batches,
     choose_images,
-    degenerate,
     held_out,
     write_choice,
 )
@@ -22,6 +25,13 @@ from runtime.errors import DataError
 from runtime.preprocess import InputSpec
 
 SPEC = InputSpec(size=(16, 16), channels=1)
+
+
+def draw(*seed: int, size: tuple[int, int] = (16, 16)) -> npt.NDArray[np.uint8]:
+    """A picture ``[H, W]`` of random patches with a little sensor noise."""
+    random = np.random.default_rng(seed)
+    patches = random.uniform(40, 215, (4, 4)).repeat(size[0] // 4, 0).repeat(size[1] // 4, 1)
+    return np.clip(patches + random.normal(0, 10, size), 0, 255).astype(np.uint8)
 
 
 def write_image(path: Path, levels: np.ndarray) -> str:
@@ -42,8 +52,7 @@ def write_examples(
     examples = []
     for number in range(count):
         path = folder / f"{label}-{seed}-{number}.png"
-        levels = np.random.default_rng([seed, number]).integers(0, 256, (16, 16))
-        digest = write_image(path, levels)
+        digest = write_image(path, draw(seed, number))
         examples.append(
             Example(
                 path=str(path),
@@ -108,11 +117,14 @@ def test_with_features_each_pick_is_the_farthest_from_those_before(tmp_path: Pat
 
 
 def test_what_would_mislead_is_refused_with_the_reason(tmp_path: Path) -> None:
-    good = write_examples(tmp_path, 8)
-    pictures = {
+    good = write_examples(tmp_path, 20)
+    pictures: dict[str, npt.NDArray[Any]] = {
         "black": np.full((16, 16), 3),
         "saturated": np.full((16, 16), 255),
         "constant": np.full((16, 16), 90),
+        "noise": np.random.default_rng(5).integers(0, 256, (64, 64)),
+        "foreign": draw(5, size=(32, 64)),
+        "small": draw(5, size=(12, 12)),
     }
     bad = []
     for name, levels in pictures.items():
@@ -127,7 +139,7 @@ def test_what_would_mislead_is_refused_with_the_reason(tmp_path: Path) -> None:
     twin = Example(
         path=str(tmp_path / "twin.png"), sha256=good[0].sha256, domain="target", label="good"
     )
-    choice = choose([*good, *bad, twin], 20)
+    choice = choose([*good, *bad, twin], 80)
     assert set(choice.digests) == {example.sha256 for example in good}
     reasons = {Path(refused.path).stem: refused.reason for refused in choice.refused}
     assert reasons["black"] == "black: no level above 3"
@@ -137,7 +149,49 @@ def test_what_would_mislead_is_refused_with_the_reason(tmp_path: Path) -> None:
     assert reasons["gone"].startswith("unreadable: ")
     assert reasons["changed-9-0"] == "changed since the list of images was made"
     assert any(reason.startswith("byte-identical to ") for reason in reasons.values())
-    assert len(choice.refused) == 7
+    assert reasons["noise"].startswith("noise: neighbouring pixels correlate by -0.0")
+    assert reasons["foreign"] == (
+        "foreign: 64 x 32 pixels are 2.00 : 1, nearly all others 1.00 : 1"
+    )
+    assert reasons["small"] == "too small: 12 x 12 pixels"
+    assert len(choice.refused) == 10
+
+
+@pytest.mark.parametrize("side", [64, 160])
+@pytest.mark.parametrize("noise", ["uniform", "gaussian", "faint", "dark", "salt and pepper"])
+def test_noise_of_any_mean_and_contrast_is_told_from_pictures(noise: str, side: int) -> None:
+    random = np.random.default_rng(side)
+    size = (side, side)
+    levels = {
+        "uniform": lambda: random.uniform(0, 256, size),
+        "gaussian": lambda: random.normal(128, 50, size),
+        "faint": lambda: random.normal(200, 3, size),
+        "dark": lambda: random.normal(0, 20, size),
+        "salt and pepper": lambda: 255 * (random.random(size) < 0.1),
+    }[noise]
+    drawn = [np.clip(levels(), 0, 255).astype(np.uint8) for _ in range(20)]
+    assert all(texture(picture).is_noise for picture in drawn)
+    # The same noise over a picture that it drowns for the eye.
+    scene = draw(1, size=size).astype(np.float64)
+    scene = (scene - scene.mean()) / scene.std()
+    spread = np.mean([picture.std() for picture in drawn])
+    mixed = [np.clip(picture + scene * spread / 2, 0, 255).astype(np.uint8) for picture in drawn]
+    assert not any(texture(picture).is_noise for picture in mixed)
+
+
+def test_a_weave_without_any_shading_is_a_picture() -> None:
+    weave = 127 + 60 * np.sin(np.arange(128) * np.pi / 4)
+    found = texture(np.broadcast_to(weave, (128, 128)).astype(np.uint8))
+    assert found.structure < 0.1
+    assert not found.is_noise
+
+
+def test_noise_is_judged_at_its_own_size(tmp_path: Path) -> None:
+    good = write_examples(tmp_path, 8)
+    path = tmp_path / "noise.png"  # sixteen times smaller it looks like a picture
+    digest = write_image(path, np.random.default_rng(0).integers(0, 256, (256, 256)))
+    choice = choose([*good, Example(path=str(path), sha256=digest, domain="target")], 9)
+    assert [refused.reason.split(":")[0] for refused in choice.refused] == ["noise"]
 
 
 def test_hot_pixels_do_not_save_a_black_image_nor_spoil_a_dark_one() -> None:
@@ -146,6 +200,50 @@ def test_hot_pixels_do_not_save_a_black_image_nor_spoil_a_dark_one() -> None:
     assert degenerate(black).startswith("black")
     dark = np.random.default_rng(0).integers(0, 30, (64, 64, 1)).astype(np.uint8)
     assert degenerate(dark) == ""
+
+
+def test_a_camera_on_its_side_is_the_same_camera_and_many_shapes_are_a_field(
+    tmp_path: Path,
+) -> None:
+    wide = write_examples(tmp_path, 8)
+    for example in wide[4:]:
+        write_image(Path(example.path), draw(int(example.path[-5]), size=(20, 32)))
+    for example in wide[:4]:
+        write_image(Path(example.path), draw(int(example.path[-5]), size=(32, 20)))
+    renewed = [
+        msgspec.structs.replace(
+            example, sha256=hashlib.sha256(Path(example.path).read_bytes()).hexdigest()
+        )
+        for example in wide
+    ]
+    assert choose(renewed).refused == ()
+    square = write_examples(tmp_path, 8, seed=1)
+    assert choose([*renewed, *square], 16).refused == ()
+
+
+def test_one_picture_in_many_files_is_too_few_images(tmp_path: Path) -> None:
+    examples = []
+    picture = Image.fromarray(draw(0, size=(256, 256)))
+    for quality in range(60, 100, 4):
+        path = tmp_path / f"{quality}.jpg"
+        picture.save(path, quality=quality)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        examples.append(Example(path=str(path), sha256=digest, domain="target"))
+    with pytest.raises(DataError, match=r"got 1 of 10 \(.*shows the same as"):
+        choose(examples)
+
+
+def test_data_that_is_mostly_unusable_is_an_error(tmp_path: Path) -> None:
+    good = write_examples(tmp_path, 10)
+    gone = [
+        Example(path=str(tmp_path / "no" / f"{n}.png"), sha256=f"{n:064}", domain="target")
+        for n in range(11)
+    ]
+    assert len(choose([*good, *gone[1:]], 20).chosen) == 10
+    with pytest.raises(DataError, match=r"11 of 21 calibration images are unusable, .* 50%.*"):
+        choose([*good, *gone], 21)
+    with pytest.raises(DataError, match=r"got 0 of 11 .*No such file"):
+        choose(gone)
 
 
 def test_unlabelled_images_are_a_class_of_their_own(tmp_path: Path) -> None:
