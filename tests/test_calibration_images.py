@@ -2,6 +2,7 @@
 
 import hashlib
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -162,14 +163,14 @@ def test_what_would_mislead_is_refused_with_the_reason(tmp_path: Path) -> None:
 def test_noise_of_any_mean_and_contrast_is_told_from_pictures(noise: str, side: int) -> None:
     random = np.random.default_rng(side)
     size = (side, side)
-    levels = {
+    draws: dict[str, Callable[[], npt.NDArray[Any]]] = {
         "uniform": lambda: random.uniform(0, 256, size),
         "gaussian": lambda: random.normal(128, 50, size),
         "faint": lambda: random.normal(200, 3, size),
         "dark": lambda: random.normal(0, 20, size),
         "salt and pepper": lambda: 255 * (random.random(size) < 0.1),
-    }[noise]
-    drawn = [np.clip(levels(), 0, 255).astype(np.uint8) for _ in range(20)]
+    }
+    drawn = [np.clip(draws[noise](), 0, 255).astype(np.uint8) for _ in range(20)]
     assert all(texture(picture).is_noise for picture in drawn)
     # The same noise over a picture that it drowns for the eye.
     scene = draw(1, size=size).astype(np.float64)
