@@ -1,6 +1,7 @@
 """``python -m export RECIPE``: prove a trained model in every precision and write its bundle.
 
 Leaves ``build/NAME/bundle/``, ``NAME-VERSION.zip``, ``release.json`` and ``samples/``.
+``python -m export gate BUNDLE`` judges a bundle again, from it and the images alone.
 """
 
 import argparse
@@ -12,32 +13,62 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runtime.command import run_command
+from runtime.errors import ExportError
 
 if TYPE_CHECKING:
     from runtime.recipe import Recipe
 
 
+GATE = "gate"
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Export by the recipe and return the exit code."""
+    """Export by the recipe, or judge a bundle again, and return the exit code."""
+    logging.basicConfig(level=logging.WARNING, format="export: %(message)s")
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == [GATE]:
+        return _gate(words[1:])
     parser = argparse.ArgumentParser(
         prog="python -m export",
         description="Export a trained model to ONNX, FP16 and INT8, judge each form on held-out "
         "field images against the checkpoint, build TensorRT engines to prove that they build, "
-        "and write what passed as a bundle.",
-        epilog="Example: python -m export train/recipes/solar.toml",
+        "and write what passed as a bundle. If no INT8 form that was asked for passes on an "
+        "engine, the exit code is 1 and an earlier bundle stays as it was.",
+        epilog="Examples: python -m export train/recipes/solar.toml; judge a bundle again: python "
+        "-m export gate build/solar/bundle",
     )
     parser.add_argument("recipe", type=Path, help="the TOML file that was trained")
     parser.add_argument("--json", action="store_true", help="print release.json at the end")
     parser.add_argument(
         "--run", action="store_true", help="only classify the samples of the last export"
     )
-    options = parser.parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="export: %(message)s")
+    parser.add_argument(
+        "--allow-fp16-only",
+        action="store_true",
+        help="write the bundle even if no INT8 form passed; devices then run FP16, or FP32 on a "
+        "CPU",
+    )
+    options = parser.parse_args(words)
     return run_command(
         "export",
         lambda: _run(options),
         interrupted="interrupted; an earlier bundle is as it was, run it again",
     )
+
+
+def _gate(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m export {GATE}",
+        description="Judge every form of a bundle again on held-out images, against the bundle's "
+        "fp32 form and by the budgets that it records. Needs neither checkpoint nor torch. Exit "
+        "code 1 if a form fails.",
+        epilog="Example: python -m export gate build/solar/bundle --data images/new-week",
+    )
+    from export.regate import add_arguments, run
+
+    add_arguments(parser)
+    options = parser.parse_args(words)
+    return run_command("export", lambda: run(options))
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -48,16 +79,24 @@ def _run(options: argparse.Namespace) -> int:
         return _classify_samples(recipe)
     import msgspec
 
+    from export.gate import without_int8
     from export.pipeline import export
     from export.table import show
     from train import console
 
     # Warnings of other packages' internals are nothing that a user of ours can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|timm|onnxscript)\.")
-    release = export(recipe)
+    release = export(recipe, allow_fp16_only=options.allow_fp16_only)
     show(release)
     if options.json:
         print(json.dumps(msgspec.to_builtins(release)))
+    missing = without_int8(release.forms)
+    if missing and not options.allow_fp16_only:
+        raise ExportError(
+            f"{'; '.join(missing)}. No bundle was written, {recipe.build / 'release.json'} has "
+            "every figure; calibrate on more images, take the form out of [export] forms, or say "
+            "--allow-fp16-only"
+        )
     bundle = recipe.build / "bundle"
     console.say(f"wrote {bundle} and {recipe.build / f'{release.name}-{release.version}.zip'}")
     console.say(f"next: make run RECIPE={options.recipe}")

@@ -14,12 +14,13 @@ A Q/DQ scale never becomes zero: dead channels of real models have scales below 
 number, and a division by zero would turn them into NaN.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from runtime.errors import ExportError
@@ -33,14 +34,14 @@ _QDQ = {"QuantizeLinear", "DequantizeLinear"}
 
 
 class Overflow(NamedTuple):
-    """A weight that half cannot hold."""
+    """A weight or an activation that half cannot hold."""
 
-    initializer: str
+    tensor: str
     largest: float
     """Largest magnitude of its elements."""
 
     def __str__(self) -> str:
-        return f"{self.initializer} reaches {self.largest:g}, half ends at {FLOAT16_MAX:g}"
+        return f"{self.tensor} reaches {self.largest:g}, half ends at {FLOAT16_MAX:g}"
 
 
 def to_float16(model: onnx.ModelProto, keep_float32: Collection[str] = ()) -> onnx.ModelProto:
@@ -78,6 +79,73 @@ def overflows(model: onnx.ModelProto) -> list[Overflow]:
             if not largest <= FLOAT16_MAX:  # NaN counts too
                 result.append(Overflow(tensor.name, largest))
     return result
+
+
+def activation_overflows(ranges: Mapping[str, tuple[float, float]]) -> list[Overflow]:
+    """Activations beyond ±65504, by the smallest and largest value that each was seen to hold.
+
+    What does not fit becomes infinite, and soon NaN. A CPU does not show it: onnxruntime computes
+    neighbouring float16 operators in float32 and rounds only where they end, so that a graph can
+    be right there and broken on a GPU. So ask before judging by answers.
+    """
+    return [
+        Overflow(name, max(abs(low), abs(high)))
+        for name, (low, high) in ranges.items()
+        if not max(abs(low), abs(high)) <= FLOAT16_MAX  # NaN counts too
+    ]
+
+
+def activation_ranges(
+    model: onnx.ModelProto, images: npt.NDArray[np.uint8]
+) -> dict[str, tuple[float, float]]:
+    """Smallest and largest value of every float32 activation of ``model``, in the nodes' order.
+
+    ``images`` uint8 ``[N, H, W, C]`` run one at a time, so that memory holds the activations of
+    one. NaN where a tensor holds one.
+    """
+    ranges: dict[str, tuple[float, float]] = {}
+    for values in _activations(model, images, TensorProto.FLOAT):
+        for name, value in values.items():
+            low, high = ranges.get(name, (np.inf, -np.inf))
+            ranges[name] = float(np.minimum(low, value.min())), float(np.maximum(high, value.max()))
+    return ranges
+
+
+def first_not_finite(model: onnx.ModelProto, images: npt.NDArray[np.uint8]) -> str:
+    """The first activation of ``model`` that is infinite or NaN, in words; empty if none is.
+
+    First by the order of nodes, on the first of ``images`` uint8 ``[N, H, W, C]`` that has one.
+    """
+    makers = {name: node for node in model.graph.node for name in node.output}
+    for values in _activations(model, images, TensorProto.FLOAT, TensorProto.FLOAT16):
+        for name, value in values.items():
+            if not np.isfinite(value).all():
+                word = "NaN" if np.isnan(value).any() else "infinite"
+                node = makers[name]
+                return f"{name} is {word} first, the output of {node.op_type} {node.name}"
+    return ""
+
+
+def _activations(
+    model: onnx.ModelProto, images: npt.NDArray[np.uint8], *types: int
+) -> Iterator[dict[str, npt.NDArray[Any]]]:
+    """Of each image every activation of these element types, in the nodes' order."""
+    known = _element_types(model)
+    names = [n for node in model.graph.node for n in node.output if n and known[n] in types]
+    watched = onnx.ModelProto()
+    watched.CopyFrom(model)
+    del watched.graph.output[:]
+    watched.graph.output.extend(helper.make_tensor_value_info(n, known[n], None) for n in names)
+    options = onnxruntime.SessionOptions()
+    # Every tensor as the graph says it: nothing fused, nothing kept in float32 between nodes.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(
+        watched.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    (source,) = session.get_inputs()
+    for index in range(len(images)):
+        feed = {source.name: np.ascontiguousarray(images[index : index + 1])}
+        yield dict(zip(names, session.run(names, feed), strict=True))
 
 
 def normalisation_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:

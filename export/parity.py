@@ -18,6 +18,9 @@ UInt8 = npt.NDArray[np.uint8]
 BATCH_SIZES = (1, 2, 5, 33)
 """At which a dynamic batch is proven; 33 is larger than any batch that is usual."""
 
+CONFIDENCE = 0.9
+"""Of two-sided intervals: with 95 % confidence nothing is worse than their worse end."""
+
 MIN_PARITY_DB = 60.0
 """Float32 in another order of operations costs less than a millionth of the signal."""
 
@@ -59,25 +62,47 @@ def check_checkpoint(reference: Floats, logits: Floats) -> float:
 
 
 def measure(reference: Floats, logits: Floats, labels: Ints, *, seed: int) -> Quality:
-    """What ``logits`` are worth against the checkpoint's ``reference``, both ``[N, K]``."""
+    """What ``logits`` are worth against the checkpoint's ``reference``, both ``[N, K]``.
+
+    ``labels [N]`` are class indices, -1 where unknown. A row of ``logits`` that is not finite is
+    no answer: it agrees with nothing and is right for no label. The same images give the same
+    figures in whatever order.
+    """
     classes = reference.shape[1]
-    predicted, before = logits.argmax(axis=1), reference.argmax(axis=1)
+    finite = np.isfinite(logits).all(axis=1)
+    predicted, before = np.where(finite, logits.argmax(axis=1), -1), reference.argmax(axis=1)
     known = labels >= 0
-    interval = metrics.paired_bootstrap(
-        before[known] == labels[known], predicted[known] == labels[known], seed=seed
+    right_before, right = (p[known] == labels[known] for p in (before, predicted))
+    lost, won = int((right_before & ~right).sum()), int((right & ~right_before).sum())
+    accuracy = metrics.paired_bootstrap(right_before, right, confidence=CONFIDENCE, seed=seed)
+    worst = metrics.worst_recall_bootstrap(
+        before, predicted, labels, classes, confidence=CONFIDENCE, seed=seed
     )
+    agreeing = int((predicted == before).sum())
+    sqnr = metrics.sqnr_db(reference, logits) if finite.all() else -np.inf
+    area = metrics.macro_auc(metrics.softmax(logits), labels) if finite.all() else np.nan
     return Quality(
         samples=len(labels),
         labelled=int(known.sum()),
-        agreement=metrics.agreement(reference, logits),
-        sqnr_db=float(np.clip(metrics.sqnr_db(reference, logits), -200.0, 200.0)),
+        agreement=agreeing / len(labels),
+        agreement_interval=metrics.wilson_interval(agreeing, len(labels), confidence=CONFIDENCE),
+        sqnr_db=float(np.clip(sqnr, -200.0, 200.0)),
         accuracy=_known(metrics.accuracy(predicted, labels)),
-        # The interval of what was lost: positive is worse.
-        accuracy_drop_interval=(-interval[1], -interval[0]) if known.any() else None,
+        accuracy_drop_interval=_lost(accuracy),
+        lost=lost if known.any() else None,
+        won=won if known.any() else None,
+        p_value=metrics.mcnemar_p(lost, won) if known.any() else None,
         balanced_accuracy=_known(metrics.balanced_accuracy(predicted, labels, classes)),
         worst_recall=_known(metrics.worst_recall(predicted, labels, classes)),
-        auc=_known(metrics.macro_auc(metrics.softmax(logits), labels)),
+        worst_recall_drop_interval=_lost(worst),
+        auc=_known(area),
     )
+
+
+def _lost(change: tuple[float, float]) -> tuple[float, float] | None:
+    """The interval of what was lost from that of the change: positive is worse, 0 has no sign."""
+    low, high = change
+    return None if np.isnan(low) else (0.0 - high, 0.0 - low)
 
 
 def _known(value: float) -> float | None:

@@ -25,11 +25,18 @@ from calibration.quantize import Emitted
 from calibration.table import Table
 from export.engines import prove_engine
 from export.float16 import overflows, to_float16
-from export.gate import judge
+from export.gate import judge, without_int8
 from export.golden import choose_golden
 from export.onnx_graph import stem_of, to_onnx
 from export.parity import check_batches, check_checkpoint, measure, run
-from export.release import Attempt, FormReport, Release
+from export.release import (
+    RELEASE,
+    Attempt,
+    FormReport,
+    Release,
+    encode_release,
+    judged_sha256,
+)
 from export.write_bundle import GOLDEN, adaptation_of, encode_golden, make_manifest, write_bundle
 from runtime import atomic
 from runtime.benchmark import interleave
@@ -52,13 +59,16 @@ SAMPLES = 6
 """Held-out images copied to ``samples/`` for `make run`."""
 
 
-def export(recipe: Recipe) -> Release:
+def export(recipe: Recipe, *, allow_fp16_only: bool = False) -> Release:
     """Prove the checkpoint of ``recipe`` in every form and write its bundle.
+
+    If an engine is left without any INT8 form that was asked for, only ``release.json`` is
+    written, unless ``allow_fp16_only``: a device must not become slower in silence.
 
     Raises DataError if training has not run or does not belong to this recipe, ExportError if
     the graph is not the checkpoint (nothing is released then).
     """
-    return _Job(recipe).run()
+    return _Job(recipe).run(allow_fp16_only=allow_fp16_only)
 
 
 class _Job:
@@ -85,7 +95,7 @@ class _Job:
         self.files: dict[str, bytes] = {}
         self.reports: list[FormReport] = []
 
-    def run(self) -> Release:
+    def run(self, *, allow_fp16_only: bool) -> Release:
         recipe = self.recipe
         with console.console.status("exporting to ONNX"):
             graph = to_onnx(self.model, self.facts)
@@ -104,6 +114,8 @@ class _Job:
             checkpoint_sha256=hashlib.sha256(self.path.read_bytes()).hexdigest(),
             recipe_sha256=recipe.sha256,
             dataset_sha256=self.dataset.sha256,
+            judged_sha256=judged_sha256((e.sha256, e.label) for e in self.held_out),
+            gate=recipe.gate,
             seed=recipe.seed,
             seconds=time.monotonic() - self.started,
             machine=platform.machine(),
@@ -116,7 +128,9 @@ class _Job:
             },
             git=_git_revision(),
         )
-        self._write(release)
+        atomic.write_bytes(recipe.build / RELEASE, encode_release(release))
+        if allow_fp16_only or not without_int8(release.forms):
+            self._write(release)
         return release
 
     def _fp32(self, graph: onnx.ModelProto) -> float:
@@ -280,12 +294,14 @@ class _Job:
             with OnnxRuntimeEngine(self.files[f"{report.form}.onnx"], form=report.form) as engine:
                 golden[report.form] = run(engine, images, batch=1)
         self.files[GOLDEN] = encode_golden(images, golden)
+        self.files[RELEASE] = encode_release(release)
         artifacts = [
             Artifact(
                 form=report.form,  # type: ignore[arg-type]
                 file=f"{report.form}.onnx",
                 quality=report.attempts[-1].quality,
                 relative_speed=report.relative_speed,
+                speed_machine=None if report.relative_speed is None else release.machine,
             )
             for report in released
         ]
@@ -294,10 +310,6 @@ class _Job:
         )
         archive = recipe.build / f"{recipe.name}-{recipe.export.version}.zip"
         write_bundle(recipe.build / "bundle", archive, manifest, self.files)
-        atomic.write_bytes(
-            recipe.build / "release.json",
-            msgspec.json.format(msgspec.json.encode(release), indent=1),
-        )
         _write_samples(recipe.build / "samples", self.dataset, self.held_out)
 
 

@@ -3,10 +3,19 @@
 It holds what was found; it decides nothing.
 """
 
+import hashlib
+from collections.abc import Iterable
+
 import msgspec
 
 from export.engines import EngineProof
+from runtime.bundle import Bundle
+from runtime.errors import BundleError
 from runtime.manifest import Adaptation, Quality
+from runtime.recipe import GateSettings
+
+RELEASE = "release.json"
+"""Its name, beside the bundle and in it."""
 
 
 class Attempt(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,7 +41,8 @@ class FormReport(msgspec.Struct, frozen=True, kw_only=True):
     kernels: dict[str, int] = {}
     """Operators that onnxruntime runs after its own optimisation (int8-cpu)."""
     relative_speed: float | None = None
-    """Against fp32 on onnxruntime CPU, one thread, batch 1, interleaved CPU time."""
+    """Against fp32 on onnxruntime CPU, one thread, batch 1, interleaved CPU time. A form below 1
+    is not chosen on processors of this architecture."""
 
 
 class Release(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,8 +61,42 @@ class Release(msgspec.Struct, frozen=True, kw_only=True):
     checkpoint_sha256: str
     recipe_sha256: str
     dataset_sha256: str
+    """Of every image that the recipe uses, with label and split."""
+    judged_sha256: str = ""
+    """Of the images that the forms were judged on, with their labels: see judged_sha256()."""
+    gate: GateSettings = GateSettings()
+    """The budgets that they were judged by."""
     seed: int
     seconds: float
     machine: str
     versions: dict[str, str]
     git: str | None
+
+
+def judged_sha256(examples: Iterable[tuple[str, str | None]]) -> str:
+    """Digest of images, each by the digest of its file's bytes and its label; order is nothing."""
+    lines = sorted(f"{sha256} {label or ''}\n" for sha256, label in examples)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def encode_release(release: Release) -> bytes:
+    """``release.json``: readable, one field a line."""
+    return msgspec.json.format(msgspec.json.encode(release), indent=1)
+
+
+def read_release(bundle: Bundle) -> Release:
+    """The release that ``bundle`` carries.
+
+    Raises BundleError if it carries none, or one that this fieldfit does not understand.
+    """
+    if RELEASE not in {entry.name for entry in bundle.manifest.files}:
+        raise BundleError(
+            f"{bundle.path}: expected {RELEASE} in the bundle, which records budgets and images; "
+            "there is none: export again with this fieldfit"
+        )
+    try:
+        return msgspec.json.decode(bundle.read(RELEASE), type=Release)
+    except msgspec.DecodeError as error:
+        raise BundleError(
+            f"{bundle.path}: {RELEASE}: {error}; use the fieldfit that wrote it, or export again"
+        ) from error

@@ -27,13 +27,20 @@ def rows(release: Release) -> list[list[str]]:
 
 
 def show(release: Release) -> None:
-    """Print the table and, below it, whether the model is proven and why forms were refused."""
+    """Print the table and, below it, whether the model is proven and the reason of each verdict."""
     console.table(title(release), COLUMNS, rows(release))
     console.say(f"adaptation: {release.adaptation}")
     for report in release.forms:
         if not report.released:
             console.say(f"{report.form} is not in the bundle: {report.reason}")
-        elif report.engine is not None and not report.engine.built:
+            continue
+        console.say(f"{report.form} ships: {report.reason}")
+        if _slow(report):
+            console.say(
+                f"{report.form} is slower than fp32 on this CPU ({report.relative_speed:.2f}x): "
+                f"{release.machine} devices will not choose it by themselves"
+            )
+        if report.engine is not None and not report.engine.built:
             console.say(f"{report.form}: no engine was built: {report.engine.reason}")
     engines = [report.engine for report in release.forms if report.engine is not None]
     if engines and engines[0].gpu is None and engines[0].built:
@@ -48,14 +55,21 @@ def _row(report: FormReport) -> list[str]:
     quality = _quality(report.attempts[-1].quality) if report.attempts else ["-"] * 4
     speed = "" if report.relative_speed is None else f"{report.relative_speed:.2f}x"
     engine = "" if report.engine is None else report.engine.summary
-    verdict = "ships" if report.released else "refused"
+    verdict = "refused"
+    if report.released:
+        verdict = "ships, slower" if _slow(report) else "ships"
     return [report.form, f"{report.bytes / 1e6:.1f}", *quality, speed, engine, verdict]
+
+
+def _slow(report: FormReport) -> bool:
+    return report.relative_speed is not None and report.relative_speed < 1
 
 
 def _quality(quality: Quality) -> list[str]:
     sqnr = "" if quality.sqnr_db >= 200 else f"{quality.sqnr_db:.1f}"
-    return [_share(quality.accuracy), _share(quality.worst_recall), _share(quality.agreement), sqnr]
+    return [share(quality.accuracy), share(quality.worst_recall), share(quality.agreement), sqnr]
 
 
-def _share(value: float | None) -> str:
+def share(value: float | None) -> str:
+    """A share in per cent, or a dash where it could not be measured."""
     return "-" if value is None else f"{value:.1%}"

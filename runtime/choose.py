@@ -5,6 +5,7 @@ accepted or rejected with a sentence. Nothing steps down in silence.
 """
 
 import logging
+import platform
 from typing import Any, NamedTuple
 
 import numpy.typing as npt
@@ -13,12 +14,15 @@ from runtime.bundle import Bundle
 from runtime.engines.engine import Engine
 from runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
 from runtime.errors import EngineError
+from runtime.manifest import Artifact
 from runtime.selftest import SelfTest, replay
 
 _log = logging.getLogger(__name__)
 
+_ENGINE = "onnxruntime CPU"
+
 CPU_FORMS = ("int8-cpu", "fp32")
-"""Fastest first. fp16 and the TensorRT dialect run slower than fp32 on a CPU: not candidates."""
+"""Fastest first. fp16 and TensorRT's forms run slower than fp32 on a CPU: not candidates."""
 
 
 class Step(NamedTuple):
@@ -46,8 +50,9 @@ class Choice(NamedTuple):
 def choose_engine(bundle: Bundle, *, form: str | None = None, threads: int | None = None) -> Choice:
     """Open the fastest engine that runs ``bundle`` here and answers as proven.
 
-    ``form`` asks for one form and makes anything else an error. ``threads`` is the number of CPU
-    threads of one call.
+    A form that export measured to be slower than fp32, on a processor of this architecture, is
+    passed over. ``form`` asks for one form, whatever its speed, and makes anything else an error.
+    ``threads`` is the number of CPU threads of one call.
 
     Raises EngineError with every candidate's reason if none is left, or if the manifest requires
     a provider that is not to be had.
@@ -61,7 +66,11 @@ def choose_engine(bundle: Bundle, *, form: str | None = None, threads: int | Non
     steps: list[Step] = []
     golden = bundle.golden()
     for candidate in (form,) if form else CPU_FORMS:
-        step, engine, selftest = try_form(bundle, candidate, threads, golden)
+        slow = None if form else slower(bundle.manifest.artifact(candidate), platform.machine())
+        if slow:
+            step, engine, selftest = Step(_ENGINE, candidate, False, slow), None, None
+        else:
+            step, engine, selftest = try_form(bundle, candidate, threads, golden)
         steps.append(step)
         _log.log(logging.INFO if step.accepted else logging.WARNING, "%s", step)
         if engine is not None and selftest is not None:
@@ -72,19 +81,33 @@ def choose_engine(bundle: Bundle, *, form: str | None = None, threads: int | Non
     raise EngineError(f"{bundle.path}: no engine can run it here: {reasons}")
 
 
+def slower(artifact: Artifact | None, machine: str) -> str:
+    """Why ``artifact`` loses time on a CPU of the architecture ``machine``; empty if not known to.
+
+    A processor of another architecture has other instructions: what was measured says nothing.
+    """
+    if artifact is None or artifact.relative_speed is None or artifact.speed_machine != machine:
+        return ""
+    if artifact.relative_speed >= 1.0:
+        return ""
+    return (
+        f"slower than fp32 where it was made ({artifact.relative_speed:.2f}x on {machine}); asking "
+        "for this form runs it all the same"
+    )
+
+
 def try_form(
     bundle: Bundle, form: str, threads: int | None, golden: dict[str, npt.NDArray[Any]]
 ) -> tuple[Step, Engine | None, SelfTest | None]:
-    name = "onnxruntime CPU"
     if bundle.manifest.artifact(form) is None:
         forms = ", ".join(artifact.form for artifact in bundle.manifest.artifacts)
-        return Step(name, form, False, f"not in the bundle, which has {forms}"), None, None
+        return Step(_ENGINE, form, False, f"not in the bundle, which has {forms}"), None, None
     try:
         engine = OnnxRuntimeEngine(bundle.model(form), form=form, threads=threads)
         selftest = replay(engine, golden)
     except EngineError as error:
-        return Step(name, form, False, str(error)), None, None
+        return Step(_ENGINE, form, False, str(error)), None, None
     if not selftest.passed:
         engine.close()
-        return Step(name, form, False, f"failed its self-test: {selftest.reason}"), None, None
-    return Step(name, form, True, selftest.reason), engine, selftest
+        return Step(_ENGINE, form, False, f"failed its self-test: {selftest.reason}"), None, None
+    return Step(_ENGINE, form, True, selftest.reason), engine, selftest

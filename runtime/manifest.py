@@ -5,6 +5,7 @@ themselves, so that any changed byte is noticed before a field of it is believed
 """
 
 import hashlib
+import re
 from typing import Annotated, Literal
 
 import msgspec
@@ -21,7 +22,7 @@ MAX_FILES = 64
 
 FileName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")]
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
-Form = Literal["fp32", "fp16", "int8", "int8-cpu"]
+Form = Literal["fp32", "fp16", "int8", "int8-fp16", "int8-cpu"]
 
 
 class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -35,19 +36,30 @@ class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
 class Quality(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What the gate measured on held-out field images, against the checkpoint.
 
-    Shares are in [0, 1]. None stands for "not measurable", e.g. accuracy without labels.
+    Shares are in [0, 1]. None stands for "not measurable", e.g. accuracy without labels. Intervals
+    are two-sided at 90 %, so that with 95 % confidence nothing is worse than their worse end.
     """
 
     samples: int
     labelled: int
     agreement: float
+    agreement_interval: tuple[float, float] | None = None
+    """Wilson's."""
     sqnr_db: float
     """Of the logits against the checkpoint's; capped at 200."""
     accuracy: float | None = None
     accuracy_drop_interval: tuple[float, float] | None = None
-    """95 % paired bootstrap interval of the accuracy lost against the checkpoint."""
+    """Paired bootstrap interval of the accuracy lost against the checkpoint; positive is worse."""
+    lost: int | None = None
+    """Labelled images that only the checkpoint gets right."""
+    won: int | None = None
+    """Labelled images that only this gets right."""
+    p_value: float | None = None
+    """McNemar's exact two-sided p of ``lost`` against ``won``: small if they really differ."""
     balanced_accuracy: float | None = None
     worst_recall: float | None = None
+    worst_recall_drop_interval: tuple[float, float] | None = None
+    """As for accuracy, images drawn within their class."""
     auc: float | None = None
 
 
@@ -80,6 +92,8 @@ class Artifact(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     quality: Quality
     relative_speed: float | None = None
     """Images per second over fp32's, onnxruntime CPU, one thread, where it was built."""
+    speed_machine: str | None = None
+    """Architecture of the processor that ``relative_speed`` is of, e.g. ``x86_64``."""
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -117,8 +131,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 def encode(manifest: Manifest) -> bytes:
     """The canonical bytes of ``manifest``, with its digest filled in."""
     bare = msgspec.structs.replace(manifest, digest="")
-    digest = hashlib.sha256(_canonical(bare)).hexdigest()
-    return _canonical(msgspec.structs.replace(bare, digest=digest))
+    return _canonical(msgspec.structs.replace(bare, digest=_sha256(_canonical(bare))))
 
 
 def decode(data: bytes) -> Manifest:
@@ -137,17 +150,26 @@ def decode(data: bytes) -> Manifest:
             f"manifest: format {head.format} is newer than {FORMAT}, the newest that this fieldfit "
             "reads; update fieldfit on this device"
         )
+    # Of the bytes as they are: a manifest from before an optional field was added stays valid.
+    end = _END.search(data)
+    if end is None or _sha256(data[: end.start(1)] + data[end.end(1) :]) != end[1].decode():
+        raise BundleError("manifest: changed since export (its digest differs); copy it again")
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"manifest: {error}; copy the bundle again") from error
-    if encode(manifest) != data:
-        raise BundleError("manifest: changed since export (its digest differs); copy it again")
     return _checked(manifest)
 
 
 class _FormatOnly(msgspec.Struct):
     format: int
+
+
+_END = re.compile(rb'"digest": "([0-9a-f]{64})"\n\}\n\Z')
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def _canonical(manifest: Manifest) -> bytes:

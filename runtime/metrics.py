@@ -3,6 +3,9 @@
 Labels are integer class indices, ``-1`` where the label is unknown; unknown ones never count.
 """
 
+import math
+from statistics import NormalDist
+
 import numpy as np
 import numpy.typing as npt
 
@@ -108,15 +111,93 @@ def paired_bootstrap(
     ``before`` and ``after`` say for each sample ``[N]`` whether the answer was right. Pairing
     removes the variation that both share. (Efron and Tibshirani 1993, chapter 13.)
     """
-    difference = after.astype(np.float64) - before.astype(np.float64)
-    if difference.size == 0:
+    if before.size == 0:
         return float("nan"), float("nan")
     random = np.random.default_rng(seed)
-    draws = random.integers(0, difference.size, size=(rounds, difference.size))
-    means = difference[draws].mean(axis=1)
+    _, lost, won, _ = _resampled_pairs(before, after, rounds, random).T
+    return _percentiles((won - lost) / before.size, confidence)
+
+
+def worst_recall_bootstrap(
+    before: Ints,
+    after: Ints,
+    labels: Ints,
+    classes: int,
+    *,
+    rounds: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Two-sided percentile interval of the change of worst_recall from ``before`` to ``after``.
+
+    All three are class indices ``[N]`` of the same samples, which are resampled within their
+    class; in each resample the worst class is found anew on both sides. NaN if no label is known.
+    """
+    random = np.random.default_rng(seed)
+    worst = np.full((2, rounds), np.inf)
+    for index in range(classes):
+        members = labels == index
+        if members.any():
+            right = before[members] == index, after[members] == index
+            both, lost, won, _ = _resampled_pairs(*right, rounds, random).T
+            recalls_drawn = np.stack([both + lost, both + won]) / members.sum()
+            worst = np.minimum(worst, recalls_drawn)
+    if np.isinf(worst).any():
+        return float("nan"), float("nan")
+    return _percentiles(worst[1] - worst[0], confidence)
+
+
+def _resampled_pairs(
+    before: npt.NDArray[np.bool_],
+    after: npt.NDArray[np.bool_],
+    rounds: int,
+    random: np.random.Generator,
+) -> npt.NDArray[np.int64]:
+    """Counts ``[rounds, 4]`` of right both times, only before, only after, never.
+
+    Drawing samples with replacement and counting them is drawing the counts from a multinomial:
+    the same distribution, for no memory, and the order of the samples does not matter.
+    """
+    cells = [before & after, before & ~after, ~before & after, ~before & ~after]
+    shares = np.array([cell.mean() for cell in cells])
+    return random.multinomial(before.size, shares / shares.sum(), size=rounds)
+
+
+def _percentiles(values: npt.NDArray[np.float64], confidence: float) -> tuple[float, float]:
     tail = (1.0 - confidence) / 2.0
-    low, high = np.quantile(means, [tail, 1.0 - tail])
+    low, high = np.quantile(values, [tail, 1.0 - tail])
     return float(low), float(high)
+
+
+def mcnemar_p(lost: int, won: int) -> float:
+    """Two-sided p of McNemar's exact test: are answers lost as often as they are won?
+
+    Of the ``lost + won`` samples that only one of two models got right, each is a fair coin if
+    both are equally good; samples on which both are right or wrong say nothing. 1.0 if there is
+    none. (McNemar 1947; the exact form is the sign test.)
+    """
+    total = lost + won
+    if lost == won:
+        return 1.0
+    ways = sum(math.comb(total, few) for few in range(min(lost, won) + 1))
+    return float(2 * ways / 2**total)
+
+
+def wilson_interval(hits: int, total: int, *, confidence: float = 0.95) -> tuple[float, float]:
+    """Two-sided score interval of a share, honest at 0 and 1 too. (Wilson 1927.)"""
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    share, spread = hits / total, z * z / total
+    centre = (share + spread / 2) / (1 + spread)
+    half = z * math.sqrt(share * (1 - share) / total + spread / (4 * total)) / (1 + spread)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def largest_unseen(samples: int, *, confidence: float = 0.95) -> float:
+    """Largest share of an event that none of ``samples`` showed and that may still be there.
+
+    About ``3 / samples`` at 95 %. (Hanley and Lippman-Hand 1983.)
+    """
+    return float(1.0 - (1.0 - confidence) ** (1.0 / samples))
 
 
 def fit_temperature(logits: Floats, labels: Ints) -> float:

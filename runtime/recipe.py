@@ -29,7 +29,7 @@ Forgetting = Literal["replay", "lwf", "l2-sp"]
 Adversarial = Literal["dann", "cdan", "mcc"]
 Metric = Literal["auc", "balanced-accuracy", "accuracy"]
 Augmentation = Literal["flip-horizontal", "flip-vertical", "rotate-90"]
-ReleaseForm = Literal["fp16", "int8", "int8-cpu"]
+ReleaseForm = Literal["fp16", "int8", "int8-fp16", "int8-cpu"]
 
 SIMULATED = "simulated"
 """The word for a target made from the source's own images."""
@@ -158,8 +158,8 @@ class FineTuningSettings(Schedule, frozen=True, forbid_unknown_fields=True, kw_o
     """Modules to train besides the head, by timm's names, e.g. ``blocks.0``; none trains all that
     ``[train] freeze`` leaves."""
     interpolation: tuple[Rate, ...] = (1.0, 0.75, 0.5, 0.25)
-    """WiSE-FT: shares of the way from the source model to the fine-tuned one, tried in this order
-    until what the source knew is kept."""
+    """WiSE-FT: shares of the way from the source model to the fine-tuned one, or to that of rung 3,
+    tried in this order until what the source knew is kept."""
 
 
 class AdversarialSettings(Schedule, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -261,7 +261,8 @@ class ExportSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     version: Annotated[str, msgspec.Meta(pattern=r"^[0-9]+(\.[0-9]+)*([a-z0-9.+-]*)\Z")] = "0.1.0"
     """Of the bundle; the zip is called NAME-VERSION.zip."""
     forms: tuple[ReleaseForm, ...] = ("fp16", "int8", "int8-cpu")
-    """Forms to offer to the gate beside ``fp32``, which is always there."""
+    """Forms to offer to the gate beside ``fp32``, which is always there. ``int8-fp16`` is
+    ``int8`` with its float parts in half, for TensorRT only."""
     golden: Annotated[int, msgspec.Meta(ge=2, le=64)] = 8
     """Golden samples in the bundle, replayed wherever it is opened."""
 
@@ -279,6 +280,10 @@ class GateSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """Smallest signal-to-quantization-noise ratio of its logits, in decibels."""
     max_accuracy_drop: Budget = 0.01
     """Largest loss of accuracy, as a share: 0.01 is one point."""
+    max_credible_accuracy_drop: Budget = 0.02
+    """Largest loss of accuracy that the labelled images may leave open, with 95 % confidence: the
+    upper end of the paired interval. Where there are too few to leave so little open even for a
+    form that changes no answer (fewer than 149 for 0.02) it does not count, and that is said."""
     max_worst_recall_drop: Budget = 0.03
     """Largest loss of the recall of the class that has the smallest."""
 

@@ -8,6 +8,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats  # type: ignore[import-untyped]
 from sklearn import metrics as reference
 
 from runtime import metrics
@@ -130,6 +131,60 @@ def test_the_bootstrap_interval_covers_the_truth() -> None:
         low, high = metrics.paired_bootstrap(before, after, rounds=400, seed=seed)
         hits += low <= -0.04 <= high
     assert hits >= 180
+
+
+def test_the_bootstrap_is_that_of_drawn_samples_in_any_order() -> None:
+    random = np.random.default_rng(3)
+    before, after = random.random(150) < 0.85, random.random(150) < 0.8
+    draws = random.integers(0, 150, (20_000, 150))
+    means = (after.astype(float) - before)[draws].mean(axis=1)
+    expected = np.quantile(means, [0.05, 0.95])
+    found = metrics.paired_bootstrap(before, after, rounds=20_000, confidence=0.9)
+    assert found == pytest.approx(expected, abs=0.005)
+    order = random.permutation(150)
+    assert found == metrics.paired_bootstrap(
+        before[order], after[order], rounds=20_000, confidence=0.9
+    )
+
+
+def test_the_worst_class_s_bootstrap_is_that_of_images_drawn_within_their_class() -> None:
+    random = np.random.default_rng(4)
+    labels = np.repeat([0, 1, 2], [200, 60, 25])
+    before = np.where(random.random(285) < 0.85, labels, (labels + 1) % 3)
+    after = np.where(random.random(285) < 0.1, (labels + 1) % 3, before)
+    changes = []
+    for _ in range(3000):
+        rows = np.concatenate(
+            [random.choice(np.flatnonzero(labels == k), (labels == k).sum()) for k in range(3)]
+        )
+        one, two = (metrics.worst_recall(p[rows], labels[rows], 4) for p in (before, after))
+        changes.append(two - one)
+    found = metrics.worst_recall_bootstrap(before, after, labels, 4, confidence=0.9)
+    assert found == pytest.approx(np.quantile(changes, [0.05, 0.95]), abs=0.02)
+    assert found == metrics.worst_recall_bootstrap(before, after, labels, 4, confidence=0.9)
+    assert metrics.worst_recall_bootstrap(before, before, labels, 4) == (0.0, 0.0)
+    unknown = np.full(285, -1)
+    assert np.isnan(metrics.worst_recall_bootstrap(before, after, unknown, 4)).all()
+
+
+@pytest.mark.parametrize("lost", [0, 1, 4, 9, 30])
+@pytest.mark.parametrize("won", [0, 2, 4, 25])
+def test_mcnemar_is_the_exact_binomial_test(lost: int, won: int) -> None:
+    expected = stats.binomtest(lost, lost + won).pvalue if lost + won else 1.0
+    assert metrics.mcnemar_p(lost, won) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("hits", "total"), [(0, 10), (10, 10), (379, 387), (3, 7)])
+def test_wilson(hits: int, total: int) -> None:
+    expected = stats.binomtest(hits, total).proportion_ci(0.9, method="wilson")
+    found = metrics.wilson_interval(hits, total, confidence=0.9)
+    assert found == pytest.approx((expected.low, expected.high))
+
+
+@pytest.mark.parametrize("samples", [1, 60, 150, 2000])
+def test_what_no_sample_showed_may_still_be_there(samples: int) -> None:
+    expected = stats.binomtest(0, samples).proportion_ci(0.9, method="exact").high
+    assert metrics.largest_unseen(samples) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
