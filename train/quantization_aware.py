@@ -1,0 +1,246 @@
+"""The last rung before FP16: move the weights until the network answers well when it is rounded.
+
+Where post-training quantization fails, a short fine-tuning lowers the difference between the
+rounded network's logits and the float network's own; labels play no part, so that what was trained
+and judged is kept. It does not know graphs, dialects or gates: which layers are rounded, and how
+their inputs are, comes as a plan.
+
+Inputs are rounded in the scales of the plan, weights to int8 with one scale for each output
+channel, and gradients pass through the rounding as if it were not there (the straight-through
+estimator: Bengio et al. 2013, arXiv:1308.3432; Jacob et al. 2018, arXiv:1712.05877). BatchNorm
+need not be folded for that: it multiplies each output channel by one number, and so it does the
+channel's scale and largest weight alike; rounding before it or after folding gives the same.
+"""
+
+import contextlib
+import copy
+import functools
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from runtime.errors import DataError, ExportError
+from runtime.metrics import sqnr_db
+from runtime.recipe import Schedule, TrainSettings
+from train.device import Device
+from train.features import BATCH, predict, to_device
+from train.finetune import Group, History, Watcher, fine_tune
+from train.model import ImageClassifier, weights_sha256
+from train.objective import SOURCE, TARGET, Batch, Objective
+
+UInt8 = npt.NDArray[np.uint8]
+Float32 = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+
+SCHEDULE = Schedule(
+    epochs=5, batch=32, learning_rate=2e-5, head_learning_rate=2e-5, weight_decay=0.0, patience=0
+)
+
+STEPS = 120
+
+SOURCE_SHARE = 4
+"""One image in so many is the source's, where there are any: what it knew is not to be lost."""
+
+HELD_OUT_SHARE = 5
+"""One field image in so many is not trained on but tells which epoch is best."""
+
+MAX_HELD_OUT = 256
+
+MAX_WEIGHT = 127
+
+_DRAW = 7  # a stream of random numbers of its own
+
+
+class LayerQuantization(NamedTuple):
+    """How the input of one layer is rounded: ``saturate(round(x / scale) + zero_point)``."""
+
+    scale: float
+    zero_point: int
+    low: int
+    """Smallest integer; smaller ones saturate."""
+    high: int
+
+
+Layer: TypeAlias = nn.Conv2d | nn.Linear
+
+Plan: TypeAlias = Mapping[str, LayerQuantization]
+"""The layers to round, by their names in the checkpoint."""
+
+
+def quantize_aware(
+    model: ImageClassifier,
+    plan: Plan,
+    *,
+    pixels: UInt8,
+    field: Ints,
+    source: Ints,
+    seed: int,
+    state_path: Path,
+    device: Device,
+    watch: Watcher,
+    schedule: Schedule = SCHEDULE,
+    steps: int = STEPS,
+) -> tuple[ImageClassifier, History]:
+    """A copy of ``model`` whose rounded answers are closer to the float answers of ``model``.
+
+    ``field`` and ``source`` are rows of ``pixels`` uint8 ``[M, H, W, C]``, training images only;
+    ``source`` may be empty. Scores in the history are the SQNR of the rounded network's logits in
+    dB on field images that are held out; if no epoch beats the start, ``kept_epoch`` is 0 and
+    there is nothing to gain. BatchNorm statistics stay.
+
+    The layers' weights come back rounded, so that they are exact in int8 and quantizing them again
+    leaves no error that a correction of biases would take out a second time. ``state_path`` holds
+    the state of an interrupted training (train/resume), for the same arguments only; the caller
+    removes it.
+
+    Raises ExportError if ``model`` lacks a layer of ``plan``, and DataError for fewer than two
+    images in ``field``.
+    """
+    if len(field) < 2:
+        raise DataError(
+            "quantization-aware fine-tuning needs 2 field training images or more, "
+            f"got {len(field)}"
+        )
+    device = device._replace(precision=torch.float32)  # bfloat16 rounds as coarsely as int8
+    _layers(model, plan)
+    random = np.random.default_rng((seed, _DRAW))
+    held_out, learned = np.split(
+        random.permutation(field), [min(MAX_HELD_OUT, -(-len(field) // HELD_OUT_SHARE))]
+    )
+    shares = (schedule.batch // SOURCE_SHARE if len(source) else 0, schedule.batch)
+    shares = (shares[0], shares[1] - shares[0])
+    # No epoch may be longer than its part of the steps.
+    passes = -(-steps // schedule.epochs)
+    replayed = random.permutation(source)[: passes * shares[0]]
+    learned = learned[: passes * shares[1]]
+    logits = predict(model, pixels, device, rows=np.concatenate([replayed, learned, held_out]))
+    model.to("cpu")
+    replayed_logits, learned_logits, held_out_logits = np.split(
+        logits, [len(replayed), len(replayed) + len(learned)]
+    )
+    groups = [
+        _group("source", SOURCE, replayed, replayed_logits, shares[0]),
+        _group("field", TARGET, learned, learned_logits, shares[1]),
+    ]
+
+    def validate(moving: ImageClassifier) -> float:
+        rounded = predict_rounded(moving, plan, pixels, held_out, device)
+        return sqnr_db(held_out_logits, rounded)
+
+    tuned = copy.deepcopy(model)
+    digest = hashlib.sha256(repr((sorted(plan.items()), schedule, steps, seed)).encode())
+    digest.update(weights_sha256(model).encode() + logits.tobytes())
+    history = fine_tune(
+        QuantizationAware(tuned, plan, learned_logits),
+        [group for group in groups if group.share], pixels=pixels, schedule=schedule,
+        # Nothing is frozen, so nothing is cached; turned images would need answers of their own.
+        train=TrainSettings(augment=(), cache_frozen=False), images_sha256="",
+        cache=state_path.parent, min_steps=steps, tune=(), seed=seed, key=digest.hexdigest(),
+        state_path=state_path, device=device, validate=validate, watch=watch,
+    )  # fmt: skip
+    with torch.no_grad():
+        for layer in _layers(tuned, plan).values():
+            layer.weight.copy_(rounded_weight(layer.weight))
+    return tuned.eval(), history
+
+
+class QuantizationAware(Objective):
+    """The power of the noise that rounding adds to the logits, over the power of the logits.
+
+    That is SQNR, upside down and not in dB: what the gate asks of a form, for every image rather
+    than for those that stand near a decision. Logits are centred, as they are there.
+    """
+
+    def __init__(self, model: ImageClassifier, plan: Plan, logits: Float32) -> None:
+        """``logits [N, K]`` are the float network's on the training images."""
+        super().__init__(model)
+        self.plan = plan
+        self.power = float(
+            np.square(logits - logits.mean(axis=1, keepdims=True)).sum(axis=1).mean()
+        )
+
+    def forward(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        noise = forward_rounded(self.model, self.plan, batch.images) - batch.teacher
+        noise = noise - noise.mean(dim=1, keepdim=True)
+        return noise.square().sum(dim=1).mean() / self.power, {}
+
+
+def forward_rounded(model: ImageClassifier, plan: Plan, images: Tensor) -> Tensor:
+    """Logits ``[N, K]`` of ``images`` with inputs and weights of the plan's layers rounded.
+
+    Gradients reach the weights as they are. Raises ExportError if ``model`` lacks a layer.
+    """
+    weights = {
+        f"{name}.weight": rounded_weight(layer.weight)
+        for name, layer in _layers(model, plan).items()
+    }
+    with _inputs_rounded(model, plan):
+        logits: Tensor = functional_call(model, weights, (images,))[0]
+    return logits
+
+
+def predict_rounded(
+    model: ImageClassifier, plan: Plan, pixels: UInt8, rows: Ints, device: Device
+) -> Float32:
+    """Logits ``[N, K]`` of ``rows`` of ``pixels`` as ``forward_rounded`` gives them."""
+    with torch.inference_mode():
+        parts = [
+            forward_rounded(model, plan, to_device(pixels[rows[i : i + BATCH]], device)).cpu()
+            for i in range(0, len(rows), BATCH)
+        ]
+    return torch.cat(parts).numpy()
+
+
+def rounded_weight(weight: Tensor) -> Tensor:
+    """``weight [O, ...]`` on the int8 grid of each output channel, -127 to 127 steps.
+
+    The scale follows the channel's largest weight, which stays as it is.
+    """
+    largest = weight.detach().abs().flatten(1).amax(dim=1)
+    scales = torch.where(largest > 0, largest / MAX_WEIGHT, torch.ones_like(largest))
+    zeros = torch.zeros(len(scales), dtype=torch.int32, device=weight.device)
+    rounded: Tensor = torch.fake_quantize_per_channel_affine(
+        weight, scales, zeros, 0, -MAX_WEIGHT, MAX_WEIGHT
+    )
+    return rounded
+
+
+@contextlib.contextmanager
+def _inputs_rounded(model: ImageClassifier, plan: Plan) -> Iterator[None]:
+    with contextlib.ExitStack() as hooks:
+        for name, layer in _layers(model, plan).items():
+            rounding = functools.partial(_round_input, plan[name])
+            hooks.callback(layer.register_forward_pre_hook(rounding).remove)
+        yield
+
+
+def _round_input(how: LayerQuantization, layer: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+    return torch.fake_quantize_per_tensor_affine(inputs[0], *how)
+
+
+def _layers(model: ImageClassifier, plan: Plan) -> dict[str, Layer]:
+    """The layers of ``plan`` by name."""
+    modules, layers = dict(model.named_modules()), {}
+    for name in plan:
+        layer = modules.get(name)
+        if not isinstance(layer, Layer):
+            raise ExportError(
+                f"quantization-aware fine-tuning: expected a convolution or linear layer {name!r}, "
+                f"the network has {'none' if layer is None else type(layer).__name__} there"
+            )
+        layers[name] = layer
+    return layers
+
+
+def _group(name: str, domain: int, rows: Ints, logits: Float32, share: int) -> Group:
+    return Group(
+        name=name, domain=domain, rows=rows, labels=np.full(len(rows), -1, dtype=np.int64),
+        weights=np.ones(len(rows), np.float32), teacher=logits, share=share,
+    )  # fmt: skip
