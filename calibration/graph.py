@@ -53,6 +53,11 @@ ARITHMETIC_OPS = frozenset(
 LINEAR_OPS = frozenset(["Conv", "ConvTranspose", "Gemm", "MatMul"])
 """Operators with weights, whose precision decides speed and accuracy."""
 
+_CHANNEL_AXES = {"Conv": 1, "Gemm": -1, "MatMul": -1}
+
+ATTENTION = "an attention model: transformers gain from FP16, not from INT8"
+"""Why the layers of a graph with attention stay float in both dialects."""
+
 MIN_OPSET = 13
 """The first opset with per-channel DequantizeLinear."""
 
@@ -74,25 +79,42 @@ class Preprocessing:
 
 
 @dataclasses.dataclass(frozen=True)
-class Conv:
-    """A convolution whose weights are constants."""
+class Layer:
+    """A Conv, Gemm or MatMul whose weights are constants."""
 
     name: str
     input: str
     output: str
     weight: npt.NDArray[np.float32]
-    """``[O, I / groups, *kernel]``."""
+    """In the node's own shape: Conv ``[O, I / groups, *kernel]``, MatMul and Gemm ``[I, O]``, Gemm
+    with transB ``[O, I]``."""
     bias: npt.NDArray[np.float32] | None
     """``[O]``."""
-    groups: int
+    groups: int = 1
+    axis: int = 0
+    """Of the output channels in ``weight``."""
+    op_type: str = "Conv"
+    bias_add: str = ""
+    """Name of the Add that brings the bias of a MatMul, which has none of its own; ``output`` is
+    then what the Add makes."""
 
     @property
     def in_channels(self) -> int:
-        return int(self.weight.shape[1]) * self.groups
+        return int(self.rows.shape[1]) * self.groups
 
     @property
     def out_channels(self) -> int:
-        return len(self.weight)
+        return int(self.weight.shape[self.axis])
+
+    @property
+    def rows(self) -> npt.NDArray[np.float32]:
+        """The weights ``[O, I / groups, *kernel]``, a view."""
+        return np.moveaxis(self.weight, self.axis, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Conv(Layer):
+    """A convolution whose weights are constants."""
 
     @property
     def depthwise(self) -> bool:
@@ -163,21 +185,65 @@ class Graph:
         """The float tensors that ``node`` makes."""
         return [t for t in node.output if t in self._floats]
 
+    def layers(self) -> list[Layer]:
+        """All convolutions and matrix products with constant weights, in graph order."""
+        return [layer for node in self.nodes.values() if (layer := self.layer(node))]
+
     def convs(self) -> list[Conv]:
         """All convolutions with constant weights, in graph order."""
-        return [conv for node in self.nodes.values() if (conv := self.conv(node))]
+        return [layer for layer in self.layers() if isinstance(layer, Conv)]
+
+    def layer(self, node: onnx.NodeProto) -> Layer | None:
+        """``node`` as a Layer; None if it is none or its weights are computed."""
+        if node.op_type == "Conv":
+            return self.conv(node)
+        if node.op_type in ("Gemm", "MatMul"):
+            return self._matrix_product(node)
+        return None
 
     def conv(self, node: onnx.NodeProto) -> Conv | None:
         """``node`` as a Conv; None if it is none or its weights are computed."""
         if node.op_type != "Conv":
             return None
-        weight = self.constant(node.input[1])
-        has_bias = len(node.input) > 2 and bool(node.input[2])
-        bias = self.constant(node.input[2]) if has_bias else None
-        if weight is None or (has_bias and bias is None):
+        weight, (bias, known) = self.constant(node.input[1]), self._bias(node)
+        if weight is None or not known:
             return None
         groups = int(attributes(node).get("group", 1))
         return Conv(node.name, node.input[0], node.output[0], weight, bias, groups)
+
+    def _bias(self, node: onnx.NodeProto) -> tuple[npt.NDArray[np.float32] | None, bool]:
+        """The third input of ``node``, and whether it is absent or a constant."""
+        if len(node.input) <= 2 or not node.input[2]:
+            return None, True
+        bias = self.constant(node.input[2])
+        return bias, bias is not None
+
+    def _matrix_product(self, node: onnx.NodeProto) -> Layer | None:
+        weight, (bias, known) = self.constant(node.input[1]), self._bias(node)
+        if self.constant(node.input[0]) is not None or weight is None or weight.ndim != 2:
+            return None
+        found = attributes(node)
+        axis = 0 if found.get("transB", 0) else 1
+        name, output = node.name, node.output[0]
+        layer = Layer(name, node.input[0], output, weight, bias, axis=axis, op_type=node.op_type)
+        if node.op_type == "MatMul":
+            return self._with_bias_add(layer)
+        plain = (
+            not found.get("transA", 0) and found.get("alpha", 1.0) == found.get("beta", 1.0) == 1
+        )
+        if not plain or not known or (bias is not None and bias.size != layer.out_channels):
+            return None
+        return layer if bias is None else dataclasses.replace(layer, bias=bias.reshape(-1))
+
+    def _with_bias_add(self, layer: Layer) -> Layer:
+        readers = self.consumers(layer.output)
+        if len(readers) != 1 or readers[0].op_type != "Add" or layer.output in self.outputs:
+            return layer
+        (node,) = readers
+        (bias,) = [self.constant(t) for t in node.input if t != layer.output] or [None]
+        if bias is None or bias.shape != (layer.out_channels,):
+            return layer
+        return dataclasses.replace(layer, bias=bias, output=node.output[0], bias_add=node.name)
 
     def behind(self, tensor: str) -> str:
         """The tensor to quantize for ``tensor``: that behind a Relu or Clip at zero, if any.
@@ -222,10 +288,36 @@ class Graph:
             return False
         return sorted(int(axis) % 4 for axis in axes.reshape(-1)) == [2, 3]
 
-    def one_pixel(self, conv: Conv) -> bool:
-        """Whether ``conv`` makes one value per channel, as in a squeeze-excitation branch."""
-        shape = self.shape(conv.output)
-        return shape is not None and len(shape) > 2 and all(side == 1 for side in shape[2:])
+    def one_pixel(self, layer: Layer) -> bool:
+        """Whether ``layer`` makes one value per channel, as a classifier or a gate does."""
+        shape = self.shape(layer.output)
+        if shape is None or len(shape) < 2:
+            return False
+        sides = shape[2:] if isinstance(layer, Conv) else shape[1:-1]
+        return all(side == 1 for side in sides)
+
+    def attention(self) -> tuple[str, ...]:
+        """Names of the Softmax nodes whose result is multiplied with another computed tensor."""
+        return tuple(
+            node.name
+            for node in self.nodes.values()
+            if node.op_type == "Softmax"
+            and any(
+                reader.op_type == "MatMul" and len(self.data_inputs(reader)) == 2
+                for reader in self._readers_behind_shapes(node.output[0])
+            )
+        )
+
+    def _readers_behind_shapes(self, tensor: str) -> list[onnx.NodeProto]:
+        """The nodes that read ``tensor``, or what only moves its values."""
+        found = []
+        for node in self.consumers(tensor):
+            if node.op_type in RANGE_PRESERVING_OPS and node.op_type != "MaxPool":
+                for output in node.output:
+                    found += self._readers_behind_shapes(output)
+            else:
+                found.append(node)
+        return found
 
     def preprocessing(self) -> Preprocessing:
         """The nodes between the uint8 image and the first layer.
@@ -287,26 +379,40 @@ class Graph:
 
         What a Relu or Clip at zero cuts off is left out: only the result is ever quantized.
         """
-        quantizable = RANGE_PRESERVING_OPS | ARITHMETIC_OPS | {"Conv"}
         wanted: dict[str, None] = {}
-        skipped = set(self.preprocessing().nodes)
-        before_conv = self._before_conv()
+        layers = {layer.name: layer for layer in self.layers()}
+        skipped = {*self.preprocessing().nodes, *(layer.bias_add for layer in layers.values())}
+        before_layer = self._before_layer(layers)
         for node in self.model.graph.node:
-            if node.name in skipped or node.op_type not in quantizable:
-                continue
-            if node.op_type != "Conv" and not before_conv.intersection(node.output):
-                continue
-            wanted.update(dict.fromkeys(self.data_inputs(node)))
-            wanted.update((self.behind(tensor), None) for tensor in self.data_outputs(node))
+            if node.name in layers:
+                layer = layers[node.name]
+                wanted[layer.input] = None
+                if layer.output not in self.outputs:
+                    wanted[self.behind(layer.output)] = None
+            elif (
+                node.name not in skipped
+                and node.op_type in RANGE_PRESERVING_OPS | ARITHMETIC_OPS
+                and before_layer.intersection(node.output)
+            ):
+                wanted.update(dict.fromkeys(self.data_inputs(node)))
+                wanted.update((self.behind(tensor), None) for tensor in self.data_outputs(node))
         return tuple(wanted)
 
-    def _before_conv(self) -> set[str]:
-        """The tensors that some convolution depends on."""
+    def _before_layer(self, layers: Collection[str]) -> set[str]:
+        """The tensors that some layer depends on."""
         result: set[str] = set()
         for node in reversed(self.model.graph.node):
-            if node.op_type == "Conv" or result.intersection(node.output):
+            if node.name in layers or result.intersection(node.output):
                 result.update(node.input)
         return result
+
+
+def channel_axis(op_type: str) -> int:
+    """The axis of channels in what a layer of this type reads and makes: Conv 1, others the last.
+
+    Raises KeyError for what is no layer.
+    """
+    return _CHANNEL_AXES[op_type]
 
 
 def check_input(graph: Graph, spec: InputSpec) -> None:

@@ -15,7 +15,9 @@ import onnxruntime
 from calibration.quantize import Emitted
 from runtime.errors import ExportError
 
-FLOAT_CONVS = ("Conv", "FusedConv")
+CONV_KERNELS = ("QLinearConv",)
+FLOAT_LAYERS = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")
+MATRIX_KERNELS = ("QGemm", "QLinearMatMul", "MatMulIntegerToFloat")
 
 
 def count_kernels(model: onnx.ModelProto) -> Mapping[str, int]:
@@ -28,23 +30,29 @@ def count_kernels(model: onnx.ModelProto) -> Mapping[str, int]:
 
 
 def check_kernels(emitted: Emitted) -> Mapping[str, int]:
-    """count_kernels of the model, in which every quantized convolution must be a QLinearConv.
+    """count_kernels of the model, in which every quantized layer must run as an 8-bit kernel.
 
-    Raises ExportError that names those that are not.
+    Raises ExportError that names those that do not.
     """
     nodes = optimized(emitted.model).graph.node
     counts = collections.Counter(node.op_type for node in nodes)
-    expected, got = len(emitted.quantized), counts["QLinearConv"]
-    if got != expected:
-        floats = {node.name for node in nodes if node.op_type in FLOAT_CONVS}
-        missed = [name for name in emitted.quantized if name in floats]
-        names = ", ".join(missed[:5]) + (", ..." if len(missed) > 5 else "")
-        raise ExportError(
-            f"expected {expected} convolutions to run as QLinearConv, got {got}"
-            + (f"; still float: {names}" if missed else "")
-            + f"; onnxruntime {onnxruntime.__version__} does not fuse this graph, "
-            "release without int8-cpu or use another version"
-        )
+    quantized = [node for node in emitted.model.graph.node if node.name in emitted.quantized]
+    convs = sum(node.op_type == "Conv" for node in quantized)
+    for kind, expected, kernels in (
+        ("convolutions", convs, CONV_KERNELS),
+        ("matrix products", len(quantized) - convs, MATRIX_KERNELS),
+    ):
+        got = sum(counts[kernel] for kernel in kernels)
+        if got != expected:
+            floats = {node.name for node in nodes if node.op_type in FLOAT_LAYERS}
+            missed = [name for name in emitted.quantized if name in floats]
+            names = ", ".join(missed[:5]) + (", ..." if len(missed) > 5 else "")
+            raise ExportError(
+                f"expected {expected} {kind} to run as {' or '.join(kernels)}, got {got}"
+                + (f"; still float: {names}" if missed else "")
+                + f"; onnxruntime {onnxruntime.__version__} does not fuse this graph, "
+                "release without int8-cpu or use another version"
+            )
     return dict(counts.most_common())
 
 

@@ -11,13 +11,15 @@ other dialect is for). The form that onnxruntime's CPU kernels like, found by me
 - A Relu, or a Clip that begins at 0, vanishes too: with zero point 0 saturation does its work.
 - Both sides of every quantized operator are quantized, because that is what is fused. Operators
   that onnxruntime has no 8-bit kernel for read the dequantized tensor and compute in float.
+- A matrix product writes floats unless something 8-bit reads them: its kernels may do either, so
+  that a classifier can be quantized and still give float logits.
 
 Written as Quantize-Dequantize pairs: standard ONNX that any runtime can check, and that
 onnxruntime turns into QLinear operators when it opens the file. `calibration.kernels` proves it.
 """
 
 import dataclasses
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
 import numpy as np
 import onnx
@@ -25,10 +27,12 @@ from onnx import helper
 
 from calibration.graph import (
     ARITHMETIC_OPS,
+    ATTENTION,
     LINEAR_OPS,
     RANGE_PRESERVING_OPS,
     Conv,
     Graph,
+    Layer,
     attributes,
     check_names,
 )
@@ -39,11 +43,8 @@ from calibration.quantize import (
     Tuned,
     Writer,
     asymmetric,
-    corrected_bias,
     quantize_bias,
-    quantize_weight,
     room_for_bias,
-    weight_scales,
 )
 from calibration.space_to_depth import find_fold
 from calibration.table import Table
@@ -61,30 +62,32 @@ def emit(
     float_nodes: Collection[str] = (),
     correct_bias: bool = True,
     tuned: Tuned = NOT_TUNED,
+    classifier: bool = False,
 ) -> Emitted:
-    """``graph`` with the convolutions, and what lies between them, in 8-bit form.
+    """``graph`` with its layers, and what lies between them, in 8-bit form.
 
     ``float_nodes`` names nodes that stay float; ``correct_bias`` takes the mean effect of rounding
-    the weights back out of the biases, where ``tuned`` does not say better. ``graph`` is not
-    changed.
+    the weights back out of the biases, where ``tuned`` does not say better. ``classifier``
+    quantizes the matrix products that make outputs of the model, too: they take little time and
+    much of the error. ``graph`` is not changed.
 
     Raises ExportError if the graph is not what export writes, or the table is another graph's.
     """
     index = Graph(graph)
     check_names(index, float_nodes)
     table.check_graph(graph)
-    plan = _plan(index, float_nodes)
+    plan = _plan(index, float_nodes, classifier=classifier)
     emitter = _Emitter(index, table, plan, correct_bias, tuned)
     for node in graph.graph.node:
         emitter.write(node)
-    return Emitted(emitter.writer.model(), tuple(plan.convs), plan.kept_float)
+    return Emitted(emitter.writer.model(), tuple(plan.layers), plan.kept_float)
 
 
 @dataclasses.dataclass
 class _Plan:
     """Which nodes and tensors are 8-bit."""
 
-    convs: dict[str, Conv] = dataclasses.field(default_factory=dict)
+    layers: dict[str, Layer] = dataclasses.field(default_factory=dict)
     kept_float: dict[str, str] = dataclasses.field(default_factory=dict)
     followers: set[str] = dataclasses.field(default_factory=set)
     """Other operators computed on 8-bit values."""
@@ -93,42 +96,62 @@ class _Plan:
     absorbed: dict[str, str] = dataclasses.field(default_factory=dict)
     """Tensor before a Relu or Clip that vanishes -> tensor behind it."""
     vanished: set[str] = dataclasses.field(default_factory=set)
-    """Nodes that are not written: preprocessing and absorbed activations."""
+    """Nodes that are not written by themselves: preprocessing, absorbed activations, biases."""
 
 
-def _plan(graph: Graph, float_nodes: Collection[str]) -> _Plan:
+def _plan(graph: Graph, float_nodes: Collection[str], *, classifier: bool) -> _Plan:
     plan = _Plan()
     first = graph.preprocessing()
     plan.vanished.update(first.nodes)
     plan.quantized.add(first.output)
+    attention = bool(graph.attention())
     for node in graph.nodes.values():
         if node.op_type not in LINEAR_OPS:
             continue
-        conv = graph.conv(node)
-        if reason := _why_float(graph, node, conv, float_nodes):
+        layer = graph.layer(node)
+        if reason := _why_float(graph, node, layer, float_nodes, classifier):
             plan.kept_float[node.name] = reason
-            continue
-        assert conv is not None
-        plan.convs[node.name] = conv
-    for conv in plan.convs.values():
-        plan.quantized.update((conv.input, _behind(graph, plan, conv.output)))
+        elif attention:
+            plan.kept_float[node.name] = ATTENTION
+        else:
+            assert layer is not None
+            plan.layers[node.name] = layer
+    useful, wanted = _useful(graph, plan, float_nodes)
+    for layer in plan.layers.values():
+        plan.quantized.add(layer.input)
+        plan.vanished.add(layer.bias_add)
+        if isinstance(layer, Conv) or _writes_8_bit(graph, layer, wanted):
+            plan.quantized.add(_behind(graph, plan, layer.output))
 
-    useful = _useful(graph, plan, float_nodes)
     for node in graph.nodes.values():
         inputs = graph.data_inputs(node)
         if node.name not in useful or not plan.quantized.issuperset(inputs):
             continue
         plan.followers.add(node.name)
         for tensor in graph.data_outputs(node):
-            plan.quantized.add(_behind(graph, plan, tensor))
+            keeps_scale = node.op_type in RANGE_PRESERVING_OPS
+            plan.quantized.add(tensor if keeps_scale else _behind(graph, plan, tensor))
     plan.kept_float.update(_conversions(graph, plan, float_nodes))
     return plan
+
+
+def _writes_8_bit(graph: Graph, layer: Layer, wanted: Collection[str]) -> bool:
+    """Whether a matrix product writes 8-bit values: somebody wants them, or a Relu or Clip follows.
+
+    Between a float product and a Relu or Clip onnxruntime fuses nothing into 8-bit kernels.
+    """
+    output = layer.output
+    return (
+        output in wanted
+        or graph.behind(output) in wanted
+        or graph.clipping_after(output) is not None
+    )
 
 
 def _conversions(graph: Graph, plan: _Plan, float_nodes: Collection[str]) -> dict[str, str]:
     """Other nodes that read or make 8-bit tensors but compute in float, with the reason."""
     result = {}
-    done = {*plan.convs, *plan.kept_float, *plan.followers, *plan.vanished}
+    done = {*plan.layers, *plan.kept_float, *plan.followers, *plan.vanished}
     for node in graph.nodes.values():
         tensors = [*graph.data_inputs(node), *graph.data_outputs(node)]
         if node.name in done or not plan.quantized.intersection(tensors):
@@ -143,21 +166,28 @@ def _conversions(graph: Graph, plan: _Plan, float_nodes: Collection[str]) -> dic
 
 
 def _why_float(
-    graph: Graph, node: onnx.NodeProto, conv: Conv | None, float_nodes: Collection[str]
+    graph: Graph,
+    node: onnx.NodeProto,
+    layer: Layer | None,
+    float_nodes: Collection[str],
+    classifier: bool,
 ) -> str:
     if node.name in float_nodes:
         return "asked for by float_nodes"
-    if node.op_type != "Conv":
-        return f"{node.op_type}: only convolutions are quantized"
-    if conv is None:
-        return "its weights are not a plain constant"
-    if conv.output in graph.outputs:
+    if layer is None:
+        return f"{node.op_type}: its weights are not a plain constant"
+    if layer.output not in graph.outputs:
+        return ""
+    if isinstance(layer, Conv):
         return "it makes an output of the model, and those are float"
-    return ""
+    return "" if classifier else "it makes an output of the model; quantized if asked for"
 
 
 def _behind(graph: Graph, plan: _Plan, tensor: str) -> str:
-    """The tensor that is quantized for ``tensor``; what lies between vanishes."""
+    """The tensor that is quantized for ``tensor``; what lies between vanishes.
+
+    Not for operators that keep their input's scale: its zero point need not be 0.
+    """
     behind = graph.behind(tensor)
     if behind != tensor:
         plan.absorbed[tensor] = behind
@@ -165,12 +195,13 @@ def _behind(graph: Graph, plan: _Plan, tensor: str) -> str:
     return behind
 
 
-def _useful(graph: Graph, plan: _Plan, float_nodes: Collection[str]) -> set[str]:
-    """Operators whose 8-bit result would reach a quantized convolution through 8-bit operators.
+def _useful(graph: Graph, plan: _Plan, float_nodes: Collection[str]) -> tuple[set[str], set[str]]:
+    """Operators whose 8-bit result would reach a quantized layer through 8-bit operators.
 
-    The others, such as the last average pooling, lose nothing by computing in float.
+    And the tensors that those and the layers read. Other operators, such as the last average
+    pooling, lose nothing by computing in float.
     """
-    wanted = {conv.input for conv in plan.convs.values()}
+    wanted = {layer.input for layer in plan.layers.values()}
     useful: set[str] = set()
     for node in reversed(graph.nodes.values()):
         outputs = graph.data_outputs(node)
@@ -183,7 +214,7 @@ def _useful(graph: Graph, plan: _Plan, float_nodes: Collection[str]) -> set[str]
         ):
             useful.add(node.name)
             wanted.update(graph.data_inputs(node))
-    return useful
+    return useful, wanted
 
 
 def _has_kernel(graph: Graph, node: onnx.NodeProto) -> bool:
@@ -220,7 +251,7 @@ class _Emitter:
         self.scales: dict[str, Scale] = {}
         self.quantized: dict[str, str] = {}
         self.dequantized: dict[str, str] = {}
-        self.fold = find_fold(graph, frozenset(plan.convs))
+        self.fold = find_fold(graph, frozenset(plan.layers))
         self._image()
 
     def _image(self) -> None:
@@ -241,13 +272,12 @@ class _Emitter:
         plan = self.plan
         if node.name in plan.vanished:
             return
+        if node.name in plan.layers:
+            self._write_layer(node, plan.layers[node.name])
+            return
         inputs = [self.dequantized.get(tensor, tensor) for tensor in node.input]
         outputs = [plan.absorbed.get(tensor, tensor) for tensor in node.output]
-        if node.name in plan.convs:
-            inputs[1:] = self._weights(plan.convs[node.name], list(node.input))
-            if self.fold is not None and node.name == self.fold.conv:
-                node = self.fold.node(node)
-        elif node.op_type in LINEAR_OPS and node.input[0] in self.quantized:
+        if node.op_type in LINEAR_OPS and node.input[0] in self.quantized:
             inputs[0] = self._protected(node)
         if node.name in plan.followers and node.op_type == "ReduceMean":
             node = helper.make_node("GlobalAveragePool", inputs[:1], outputs, name=node.name)
@@ -261,9 +291,12 @@ class _Emitter:
             inputs.append(self.writer.dequantize(gate, _UNIT, f"{outputs[0]}_gate"))
         self.writer.copy(node, inputs, outputs)
         for tensor in outputs:
-            if tensor in plan.quantized:
-                scale = self._scale(node, tensor)
-                self._set(tensor, self.writer.quantize(tensor, scale), scale)
+            self._quantize(node, tensor)
+
+    def _quantize(self, node: onnx.NodeProto, tensor: str) -> None:
+        if tensor in self.plan.quantized:
+            scale = self._scale(node, tensor)
+            self._set(tensor, self.writer.quantize(tensor, scale), scale)
 
     def _protected(self, node: onnx.NodeProto) -> str:
         """The dequantized input of a linear ``node`` that is to stay float.
@@ -298,27 +331,45 @@ class _Emitter:
         writer.node("Add", [x, shift], shifted)
         return writer.quantize(shifted, Scale(np.float32(1 / slope / 255), np.uint8(0)))
 
-    def _weights(self, conv: Conv, names: list[str]) -> Iterable[str]:
-        input_scale = self.scales[conv.input].scale
-        scales, bias = self.tuned.scales.get(conv.name, weight_scales(conv.weight)), conv.bias
-        if bias is not None:
-            scales = room_for_bias(scales, bias, input_scale)
-        weight = self.tuned.weights.get(conv.name, quantize_weight(conv.weight, scales))
-        fold = self.fold if self.fold is not None and self.fold.conv == conv.name else None
-        written = weight if fold is None else fold.weight(weight)
-        yield self.writer.constant_dequantize(names[1], written, scales)
-        if conv.name in self.tuned.biases:
-            bias = self.tuned.biases[conv.name]
-        elif self.correct_bias:
-            means = self.table.channel_means(conv.input)
-            bias = corrected_bias(conv, weight, scales, means)
-        if bias is not None:
-            unit = input_scale * scales
-            name = f"{conv.name}_bias"
-            yield self.writer.constant_dequantize(name, quantize_bias(bias, unit), unit)
+    def _write_layer(self, node: onnx.NodeProto, layer: Layer) -> None:
+        writer, tuned = self.writer, self.tuned
+        output = self.plan.absorbed.get(layer.output, layer.output)
+        means = self.table.channel_means(layer.input) if self.correct_bias else None
+        unit = self.scales[layer.input].scale
+        scales = tuned.scales_of(layer)
+        if layer.bias is not None:
+            scales = room_for_bias(scales, layer.bias, unit)
+        weight = tuned.weight_of(layer, scales)
+        bias = tuned.bias_of(layer, weight, scales, means)
+        if self.fold is not None and self.fold.conv == layer.name:
+            node, weight = self.fold.node(node), self.fold.weight(weight)
+        if bias is not None and len(self.graph.shape(layer.input) or ()) == 2:
+            node = _as_gemm(node)
+        inputs = [
+            self.dequantized[layer.input],
+            writer.constant_dequantize(node.input[1], weight, scales, layer.axis),
+        ]
+        constant = None
+        if bias is not None and node.op_type == "MatMul":
+            constant = writer.constant(f"{layer.name}_bias", bias)
+        elif bias is not None:
+            steps = quantize_bias(bias, unit * scales)
+            constant = writer.constant_dequantize(f"{layer.name}_bias", steps, unit * scales)
+        writer.layer(node, layer, inputs, constant, output)
+        self._quantize(node, output)
 
     def _scale(self, node: onnx.NodeProto, tensor: str) -> Scale:
         if node.name in self.plan.followers and node.op_type in RANGE_PRESERVING_OPS:
             (source,) = self.graph.data_inputs(node)
             return self.scales[source]
         return asymmetric(*self.table.range(tensor))
+
+
+def _as_gemm(node: onnx.NodeProto) -> onnx.NodeProto:
+    """A matrix product of two axes as Gemm, which has a bias.
+
+    onnxruntime would make a Gemm of MatMul and Add by itself, too early to see that it is 8-bit.
+    """
+    if node.op_type == "Gemm":
+        return node
+    return helper.make_node("Gemm", node.input, node.output, name=node.name)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
-from calibration.graph import Conv, Graph
+from calibration.graph import Graph, Layer
 
 Float32 = npt.NDArray[np.float32]
 
@@ -33,7 +33,7 @@ class Emitted:
 
     model: onnx.ModelProto
     quantized: tuple[str, ...]
-    """Names of the convolutions that are meant to run in INT8, in graph order."""
+    """Names of the layers that are meant to run in INT8, in graph order."""
     kept_float: Mapping[str, str]
     """Names of the nodes that stay float though they cost time, with the reason."""
 
@@ -47,11 +47,38 @@ class Tuned:
     """
 
     scales: Mapping[str, Float32] = dataclasses.field(default_factory=dict)
-    """Weight scales ``[O]``."""
+    """Weight scales ``[O]``, one for each place on the layer's ``axis``."""
     weights: Mapping[str, npt.NDArray[np.int8]] = dataclasses.field(default_factory=dict)
     """Quantized weights in the layer's own shape, in steps of its scales."""
     biases: Mapping[str, Float32] = dataclasses.field(default_factory=dict)
     """Biases ``[O]``, corrected already."""
+
+    def scales_of(self, layer: Layer) -> Float32:
+        """The weight scales ``[O]`` of ``layer``."""
+        return self.scales.get(layer.name, weight_scales(layer.weight, layer.axis))
+
+    def weight_of(self, layer: Layer, scales: Float32) -> npt.NDArray[np.int8]:
+        """The weights of ``layer`` in steps of ``scales`` ``[O]``."""
+        rounded = quantize_weight(layer.weight, scales, layer.axis)
+        return self.weights.get(layer.name, rounded)
+
+    def bias_of(
+        self,
+        layer: Layer,
+        weight: npt.NDArray[np.int8],
+        scales: Float32,
+        means: npt.NDArray[np.float64] | None,
+    ) -> Float32 | None:
+        """The bias ``[O]`` of ``layer`` with these weights, None if it has none.
+
+        ``means`` ``[I]`` of its input correct it; None leaves it as it is. A MatMul without a bias
+        gets none: an Add behind it costs more than the correction gives.
+        """
+        if layer.name in self.biases:
+            return self.biases[layer.name]
+        if means is None or (layer.op_type == "MatMul" and layer.bias is None):
+            return layer.bias
+        return corrected_bias(layer, weight, scales, means)
 
 
 NOT_TUNED = Tuned()
@@ -82,12 +109,13 @@ def _scale(width: float, steps: int) -> np.float32:
     return np.float32(max(width / steps, float(SMALLEST_SCALE)) if width > 0.0 else 1.0)
 
 
-def weight_scales(weight: Float32) -> Float32:
-    """Symmetric int8 scales ``[O]``, one per output channel, of ``weight`` ``[O, ...]``.
+def weight_scales(weight: Float32, axis: int = 0) -> Float32:
+    """Symmetric int8 scales ``[O]``, one per output channel, which are on ``axis`` of ``weight``.
 
     A channel of zeros takes the largest scale of the others: its weights are exact under any.
     """
-    largest = np.abs(weight.reshape(len(weight), -1)).max(axis=1)
+    rows = np.moveaxis(weight, axis, 0)
+    largest = np.abs(rows.reshape(len(rows), -1)).max(axis=1)
     scales = np.maximum(largest / np.float32(127), SMALLEST_SCALE).astype(np.float32)
     dead = largest == 0.0
     scales[dead] = 1.0 if dead.all() else scales[~dead].max()
@@ -103,28 +131,34 @@ def room_for_bias(scales: Float32, bias: Float32, input_scale: np.float32) -> Fl
     return np.maximum(scales, needed.astype(np.float32))
 
 
-def quantize_weight(weight: Float32, scales: Float32) -> npt.NDArray[np.int8]:
-    """``weight`` ``[O, ...]`` in int8, -127 to 127."""
-    steps = weight / scales.reshape(-1, *[1] * (weight.ndim - 1))
+def quantize_weight(weight: Float32, scales: Float32, axis: int = 0) -> npt.NDArray[np.int8]:
+    """``weight`` in int8, -127 to 127; ``scales`` ``[O]`` belong to its ``axis``."""
+    steps = weight / _along(scales, axis, weight.ndim)
     return np.asarray(np.clip(np.rint(steps), -127, 127), dtype=np.int8)
 
 
+def _along(scales: npt.NDArray[Any], axis: int, ndim: int) -> npt.NDArray[Any]:
+    shape = [1] * ndim
+    shape[axis] = -1
+    return scales.reshape(shape)
+
+
 def corrected_bias(
-    conv: Conv, quantized: npt.NDArray[np.int8], scales: Float32, means: npt.NDArray[np.float64]
+    layer: Layer, quantized: npt.NDArray[np.int8], scales: Float32, means: npt.NDArray[np.float64]
 ) -> Float32:
-    """The bias ``[O]`` of ``conv``, less what rounding its weights adds to the mean output.
+    """The bias ``[O]`` of ``layer``, less what rounding its weights adds to the mean output.
 
     ``means`` ``[I]`` are the float graph's mean inputs. Each layer answers for its own weights
     only, so the corrections need no order and cannot add up. (Nagel et al. 2019,
     arXiv:1906.04721, section 4.2, with measured instead of modelled means.)
     """
-    shape = (-1, *[1] * (conv.weight.ndim - 1))
-    error = quantized * scales.astype(np.float64).reshape(shape) - conv.weight
+    weight = quantized * _along(scales.astype(np.float64), layer.axis, quantized.ndim)
+    error = np.moveaxis(weight - layer.weight, layer.axis, 0)
     # [groups, O / groups, I / groups]: summed over the kernel, since the mean is everywhere.
-    per_input = error.reshape(conv.groups, conv.out_channels // conv.groups, -1, *conv.kernel)
-    per_input = per_input.sum(axis=tuple(range(3, per_input.ndim)))
-    shift = np.einsum("goi,gi->go", per_input, means.reshape(conv.groups, -1)).reshape(-1)
-    bias = np.zeros(conv.out_channels) if conv.bias is None else conv.bias
+    per_input = error.reshape(*error.shape[:2], -1).sum(axis=2)
+    per_input = per_input.reshape(layer.groups, layer.out_channels // layer.groups, -1)
+    shift = np.einsum("goi,gi->go", per_input, means.reshape(layer.groups, -1)).reshape(-1)
+    bias = np.zeros(layer.out_channels) if layer.bias is None else layer.bias
     return np.asarray(bias - shift, dtype=np.float32)
 
 
@@ -167,6 +201,22 @@ class Writer:
             written.output.extend(outputs)
         self._nodes.append(written)
 
+    def layer(
+        self,
+        node: onnx.NodeProto,
+        layer: Layer,
+        inputs: Sequence[str],
+        bias: str | None,
+        output: str,
+    ) -> None:
+        """Write ``node`` as ``layer`` of ``inputs``: data, weights. A MatMul's bias is an Add."""
+        if bias is None or node.op_type != "MatMul":
+            self.copy(node, [*inputs, *([] if bias is None else [bias])], [output])
+            return
+        product = node.output[0] if layer.bias_add else self.name(f"{output}_product")
+        self.copy(node, inputs, [product])
+        self.node("Add", [product, bias], output)
+
     def node(self, op: str, inputs: Sequence[str], output: str, **attributes: Any) -> None:
         """Write a new node, named after its output."""
         name = self.name(f"{output}_{op}")
@@ -206,15 +256,17 @@ class Writer:
             self.constant(f"{base}_zero_point", np.full(shape, scale.zero_point)),
         ]
 
-    def constant_dequantize(self, base: str, value: npt.NDArray[Any], scales: Float32) -> str:
-        """Store an integer ``value`` ``[O, ...]`` and write its per-channel DequantizeLinear."""
+    def constant_dequantize(
+        self, base: str, value: npt.NDArray[Any], scales: Float32, axis: int = 0
+    ) -> str:
+        """Store an integer ``value`` and write its DequantizeLinear with ``scales`` on ``axis``."""
         output = self.name(f"{base}_dequantized")
         inputs = [
             self.constant(f"{base}_quantized", value),
             self.constant(f"{base}_scale", scales),
             self.constant(f"{base}_zero_point", np.zeros(len(scales), dtype=value.dtype)),
         ]
-        self.node("DequantizeLinear", inputs, output, axis=0)
+        self.node("DequantizeLinear", inputs, output, axis=axis)
         return output
 
     def model(self) -> onnx.ModelProto:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import onnx
 import onnxruntime
 
-from calibration.graph import Graph
+from calibration.graph import Graph, channel_axis
 from calibration.table import TensorRange
 from runtime.errors import DataError, ExportError
 from runtime.preprocess import UInt8
@@ -62,10 +62,12 @@ class Histogram:
 class Observer:
     """What is remembered of one tensor."""
 
-    def __init__(self, tensor: str, *, histogram: bool, channels: bool) -> None:
+    def __init__(self, tensor: str, *, histogram: bool, channels: int | None) -> None:
+        """``channels`` is the axis whose means are wanted, None for none."""
         self.tensor = tensor
         self.images = 0
-        self.channel_sums = np.zeros(()) if channels else None
+        self.channels = channels
+        self.channel_sums = None if channels is None else np.zeros(())
         self.low = float("inf")
         self.high = -float("inf")
         self.histogram = Histogram() if histogram else None
@@ -86,8 +88,9 @@ class Observer:
         if self.histogram is not None:
             self.histogram.add(values, max(-low, high))
         self.images += len(values)
-        if self.channel_sums is not None:
-            per_image = values.reshape(*values.shape[:2], -1).mean(axis=2)
+        if self.channels is not None:
+            by_channel = np.moveaxis(values, self.channels, 1)
+            per_image = by_channel.reshape(*by_channel.shape[:2], -1).mean(axis=2)
             self.channel_sums = self.channel_sums + per_image.sum(axis=0, dtype=np.float64)
 
     @property
@@ -161,9 +164,9 @@ def observe(
     """Watch ``tensors`` while the graph runs over ``batches``."""
     image = graph.preprocessing().image
     session = _session(graph.model, tensors)
-    conv_inputs = {conv.input for conv in graph.convs()}
+    axes = {layer.input: channel_axis(layer.op_type) for layer in graph.layers()}
     observers = {
-        name: Observer(name, histogram=histogram, channels=name in conv_inputs) for name in tensors
+        name: Observer(name, histogram=histogram, channels=axes.get(name)) for name in tensors
     }
     seen = 0
     for batch in batches:

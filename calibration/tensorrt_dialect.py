@@ -5,27 +5,33 @@ It does not know how ranges were measured, and onnxruntime runs what it writes c
 Types" and ModelOpt's source have them:
 
 - int8, symmetric, zero point 0; weights per output channel; the bias stays float.
-- Quantize what goes *into* a convolution, never what comes out; nothing between a convolution and
-  its activation. Quantize the input of a MaxPool that feeds a convolution.
+- Quantize what goes *into* a convolution or matrix product, never what comes out; nothing between
+  a convolution and its activation. Quantize the input of a MaxPool that feeds a convolution.
 - Of a residual Add quantize only the shortcut, so that Conv + Add + activation is one kernel.
-- Leave float what gains nothing: narrow convolutions, matrix-vector products, the classifier.
+- Leave float what gains nothing: narrow layers, matrix-vector products such as the classifier,
+  normalisation and softmax, attention.
 """
 
 from collections.abc import Collection, Mapping
 
 import onnx
 
-from calibration.graph import LINEAR_OPS, Conv, Graph, Preprocessing, check_names
+from calibration.graph import (
+    ATTENTION,
+    LINEAR_OPS,
+    Conv,
+    Graph,
+    Layer,
+    Preprocessing,
+    check_names,
+)
 from calibration.quantize import (
     NOT_TUNED,
     Emitted,
     Scale,
     Tuned,
     Writer,
-    corrected_bias,
-    quantize_weight,
     symmetric,
-    weight_scales,
 )
 from calibration.table import Table
 
@@ -41,7 +47,7 @@ def emit(
     correct_bias: bool = True,
     tuned: Tuned = NOT_TUNED,
 ) -> Emitted:
-    """``graph`` with the convolutions that TensorRT should run in INT8 quantized.
+    """``graph`` with the layers that TensorRT should run in INT8 quantized.
 
     ``float_nodes`` names nodes that stay float; ``correct_bias`` takes the mean effect of rounding
     the weights back out of the biases, where ``tuned`` does not say better. ``graph`` is not
@@ -53,12 +59,12 @@ def emit(
     check_names(index, float_nodes)
     table.check_graph(graph)
     first = index.preprocessing()
-    convs, kept_float = choose(index, first, float_nodes)
-    pools = _pools(index, convs, float_nodes)
-    shortcuts = _shortcuts(index, convs, float_nodes)
+    layers, kept_float = choose(index, first, float_nodes)
+    pools = _pools(index, layers, float_nodes)
+    shortcuts = _shortcuts(index, layers, float_nodes)
     read_quantized: dict[str, set[str]] = {}
     for name, tensor in [
-        *((conv.name, conv.input) for conv in convs.values()),
+        *((layer.name, layer.input) for layer in layers.values()),
         *pools.items(),
         *shortcuts.items(),
     ]:
@@ -66,7 +72,10 @@ def emit(
 
     writer = Writer(index)
     dequantized: dict[str, str] = {}
+    vanished = {layer.bias_add for layer in layers.values()}
     for node in graph.graph.node:
+        if node.name in vanished:
+            continue
         wanted = read_quantized.get(node.name, set())
         for tensor in node.input:
             if tensor in wanted and tensor not in dequantized:
@@ -74,65 +83,68 @@ def emit(
                 quantized = writer.quantize(tensor, scale)
                 dequantized[tensor] = writer.dequantize(quantized, scale, f"{tensor}_dequantized")
         inputs = [dequantized[t] if t in wanted else t for t in node.input]
-        if node.name in convs:
-            conv = convs[node.name]
-            scales = tuned.scales.get(conv.name, weight_scales(conv.weight))
-            weight = tuned.weights.get(conv.name, quantize_weight(conv.weight, scales))
-            inputs[1] = writer.constant_dequantize(node.input[1], weight, scales)
-            if conv.name in tuned.biases:
-                inputs[2:] = [writer.constant(f"{node.name}_bias", tuned.biases[conv.name])]
-            elif correct_bias:
-                bias = corrected_bias(conv, weight, scales, table.channel_means(conv.input))
-                inputs[2:] = [writer.constant(f"{node.name}_bias", bias)]
-        writer.copy(node, inputs)
-    return Emitted(writer.model(), tuple(convs), kept_float)
+        if node.name not in layers:
+            writer.copy(node, inputs)
+            continue
+        layer = layers[node.name]
+        means = table.channel_means(layer.input) if correct_bias else None
+        scales = tuned.scales_of(layer)
+        weight = tuned.weight_of(layer, scales)
+        inputs[1] = writer.constant_dequantize(node.input[1], weight, scales, layer.axis)
+        bias = tuned.bias_of(layer, weight, scales, means)
+        constant = None if bias is None else writer.constant(f"{node.name}_bias", bias)
+        writer.layer(node, layer, inputs[:2], constant, layer.output)
+    return Emitted(writer.model(), tuple(layers), kept_float)
 
 
 def choose(
     graph: Graph, first: Preprocessing, float_nodes: Collection[str] = ()
-) -> tuple[dict[str, Conv], dict[str, str]]:
-    """The convolutions to quantize, by name, and the reason for every layer that stays float."""
-    convs: dict[str, Conv] = {}
+) -> tuple[dict[str, Layer], dict[str, str]]:
+    """The layers to quantize, by name, and the reason for every one that stays float."""
+    layers: dict[str, Layer] = {}
     kept_float: dict[str, str] = {}
+    attention = bool(graph.attention())
     for node in graph.nodes.values():
         if node.name in float_nodes:
             kept_float[node.name] = "asked for by float_nodes"
             continue
         if node.op_type not in LINEAR_OPS:
             continue
-        conv = graph.conv(node)
-        if node.op_type in ("Gemm", "MatMul"):
-            kept_float[node.name] = f"{node.op_type}: only convolutions are quantized"
-        elif conv is None:
+        layer = graph.layer(node)
+        if attention:
+            kept_float[node.name] = ATTENTION
+        elif layer is None:
             kept_float[node.name] = f"{node.op_type}: its weights are not a plain constant"
-        elif reason := _no_gain(graph, conv, stem=conv.input == first.output):
+        elif reason := _no_gain(graph, layer, stem=layer.input == first.output):
             kept_float[node.name] = reason
         else:
-            convs[node.name] = conv
-    return convs, kept_float
+            layers[node.name] = layer
+    return layers, kept_float
 
 
-def _no_gain(graph: Graph, conv: Conv, *, stem: bool) -> str:
-    """Why ``conv`` is not worth quantizing; empty if it is."""
-    if graph.one_pixel(conv):
+def _no_gain(graph: Graph, layer: Layer, *, stem: bool) -> str:
+    """Why ``layer`` is not worth quantizing; empty if it is."""
+    if graph.one_pixel(layer):
         return "one output pixel: a matrix-vector product"
-    outputs = conv.out_channels
-    if conv.depthwise:
-        if outputs % 8 or min(conv.kernel) < 3:
-            size = "x".join(str(side) for side in conv.kernel)
+    outputs = layer.out_channels
+    if isinstance(layer, Conv) and layer.depthwise:
+        if outputs % 8 or min(layer.kernel) < 3:
+            size = "x".join(str(side) for side in layer.kernel)
             return f"depthwise {size} with {outputs} channels; INT8 wants 3x3 and multiples of 8"
         return ""
     if stem:
         return f"{outputs} output channels; INT8 wants multiples of 8" if outputs % 8 else ""
-    narrow = min(conv.weight.shape[1], outputs // conv.groups)
+    narrow = min(layer.in_channels, outputs) // layer.groups
     if narrow < MIN_CHANNELS:
         return f"{narrow} channels per group; INT8 wants {MIN_CHANNELS} or more"
     return ""
 
 
-def _pools(graph: Graph, convs: Mapping[str, Conv], float_nodes: Collection[str]) -> dict[str, str]:
-    """MaxPool nodes that feed a quantized convolution, with the tensor they read."""
-    inputs = {conv.input for conv in convs.values()}
+def _pools(
+    graph: Graph, layers: Mapping[str, Layer], float_nodes: Collection[str]
+) -> dict[str, str]:
+    """MaxPool nodes that feed a quantized layer, with the tensor they read."""
+    inputs = {layer.input for layer in layers.values()}
     return {
         node.name: node.input[0]
         for node in graph.nodes.values()
@@ -141,13 +153,13 @@ def _pools(graph: Graph, convs: Mapping[str, Conv], float_nodes: Collection[str]
 
 
 def _shortcuts(
-    graph: Graph, convs: Mapping[str, Conv], float_nodes: Collection[str]
+    graph: Graph, layers: Mapping[str, Layer], float_nodes: Collection[str]
 ) -> dict[str, str]:
     """Residual Add nodes, with the input that is quantized: the one that is not fused.
 
-    Fused is a quantized convolution that feeds only the Add; of two the later in the graph.
+    Fused is a quantized layer that feeds only the Add; of two the later in the graph.
     """
-    order = {name: position for position, name in enumerate(graph.nodes)}
+    order = {layer.output: position for position, layer in enumerate(layers.values())}
     result = {}
     for node in graph.nodes.values():
         inputs = graph.data_inputs(node)
@@ -155,10 +167,9 @@ def _shortcuts(
             continue
         branches = {}
         for tensor in inputs:
-            producer = graph.producer(tensor)
             alone = len(graph.consumers(tensor)) == 1 and tensor not in graph.outputs
-            if producer is not None and producer.name in convs and alone:
-                branches[order[producer.name]] = tensor
+            if tensor in order and alone:
+                branches[order[tensor]] = tensor
         if branches:
             fused = branches[max(branches)]
             result[node.name] = next(tensor for tensor in inputs if tensor != fused)

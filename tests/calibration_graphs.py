@@ -28,6 +28,7 @@ class Network:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
         self.image_channels = self.channels = channels
+        self.flat = False
         self.node("Cast", ["image"], "cast", to=onnx.TensorProto.FLOAT)
         self.node("Transpose", ["cast"], "planes", perm=[0, 3, 1, 2])
         self.node("Mul", ["planes", self.constant("factor", np.float32(1 / std))], "scaled")
@@ -140,18 +141,68 @@ class Network:
                 joined = self.node("Transpose", [joined], self.next(), perm=[0, 2, 1, 3, 4])
         return joined
 
-    def transformer_block(self) -> str:
+    def transformer_block(self, *, bias: bool = False) -> str:
         """ConvNeXt's: depthwise convolution, then LayerNorm and two linear layers by pixel."""
         before, channels, name = self.tensor, self.channels, self.next()
         self.depthwise(kernel=7)
         self.node("Transpose", [self.tensor], self.next(), perm=[0, 2, 3, 1])
         ones = self.constant(f"{name}_gain", np.ones(channels, np.float32))
         self.node("LayerNormalization", [self.tensor, ones], self.next(), axis=-1)
-        weight = self.random.normal(0, channels**-0.5, (channels, channels)).astype(np.float32)
-        self.node("MatMul", [self.tensor, self.constant(f"{name}_matrix", weight)], self.next())
+        self.matmul(2 * channels, bias=bias)
         self.node("Gelu", [self.tensor], self.next())
+        self.matmul(channels, bias=bias)
         self.node("Transpose", [self.tensor], self.next(), perm=[0, 3, 1, 2])
         return self.node("Add", [self.tensor, before], self.next())
+
+    def matmul(self, out_channels: int, *, bias: bool = False) -> str:
+        """A linear layer over the last axis, its bias in an Add as exporters write it."""
+        name, weight = self.next(), self._matrix(self.channels, out_channels)
+        self.channels = out_channels
+        self.node("MatMul", [self.tensor, self.constant(f"{name}_matrix", weight)], name)
+        if bias:
+            values = self.random.normal(0, 0.2, out_channels).astype(np.float32)
+            self.node("Add", [name, self.constant(f"{name}_bias", values)], self.next())
+        return self.tensor
+
+    def gemm(self, out_channels: int, *, bias: bool = True, transposed: bool = True) -> str:
+        """A linear layer over ``[N, D]``."""
+        name, weight = self.next(), self._matrix(self.channels, out_channels)
+        stored = np.ascontiguousarray(weight.T) if transposed else weight
+        inputs = [self.tensor, self.constant(f"{name}_matrix", stored)]
+        if bias:
+            values = self.random.normal(0, 0.2, out_channels).astype(np.float32)
+            inputs.append(self.constant(f"{name}_bias", values))
+        self.channels = out_channels
+        return self.node("Gemm", inputs, name, transB=int(transposed))
+
+    def _matrix(self, inputs: int, outputs: int) -> npt.NDArray[np.float32]:
+        return self.random.normal(0, 1.4 * inputs**-0.5, (inputs, outputs)).astype(np.float32)
+
+    def attention(self) -> str:
+        """One head of self-attention over the pixels of ``[N, C, H, W]``."""
+        channels, side, name = self.channels, self.side(), self.next()
+        before = self.tensor
+        flat = self.constant(f"{name}_flat", np.array([0, channels, side * side], np.int64))
+        self.node("Reshape", [before, flat], self.next())
+        tokens = self.node("Transpose", [self.tensor], self.next(), perm=[0, 2, 1])
+        made = []
+        for _ in range(3):
+            self.tensor = tokens
+            made.append(self.matmul(channels))
+        query, key, value = made
+        turned = self.node("Transpose", [key], self.next(), perm=[0, 2, 1])
+        self.node("MatMul", [query, turned], self.next())
+        weights = self.node("Softmax", [self.tensor], self.next(), axis=-1)
+        self.node("MatMul", [weights, value], self.next())
+        self.node("Transpose", [self.tensor], self.next(), perm=[0, 2, 1])
+        square = self.constant(f"{name}_square", np.array([0, channels, side, side], np.int64))
+        return self.node("Reshape", [self.tensor, square], self.next())
+
+    def flatten(self) -> str:
+        """Pool ``[N, C, H, W]`` to ``[N, C]``, for linear layers before the features."""
+        self.node("GlobalAveragePool", [self.tensor], self.next())
+        self.flat = True
+        return self.node("Flatten", [self.tensor], self.next(), axis=1)
 
     def max_pool(self) -> str:
         return self.node("MaxPool", [self.tensor], self.next(), kernel_shape=[2, 2], strides=[2, 2])
@@ -165,8 +216,11 @@ class Network:
         return side
 
     def finish(self, classes: int = 3) -> onnx.ModelProto:
-        self.node("GlobalAveragePool", [self.tensor], "pooled")
-        self.node("Flatten", ["pooled"], "features", axis=1)
+        if self.flat:
+            self.node("Identity", [self.tensor], "features")
+        else:
+            self.node("GlobalAveragePool", [self.tensor], "pooled")
+            self.node("Flatten", ["pooled"], "features", axis=1)
         weight = self.random.normal(0, 1, (classes, self.channels)).astype(np.float32)
         head = [
             self.constant("head_weight", weight),

@@ -14,12 +14,13 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from calibration import onnxruntime_dialect, tensorrt_dialect
-from calibration.graph import Conv, Graph
+from calibration.graph import ATTENTION, Conv, Graph, Layer
 from calibration.kernels import check_kernels, count_kernels, optimized
 from calibration.quantize import (
     LARGEST_BIAS,
     Emitted,
     Scale,
+    Tuned,
     asymmetric,
     corrected_bias,
     quantize_bias,
@@ -111,13 +112,30 @@ def family(name: str) -> onnx.ModelProto:
         network.activate("Silu")
     if name == "convnext":
         network.transformer_block()
-        network.transformer_block()
+        network.transformer_block(bias=True)
         network.conv(32, kernel=1)
         network.activate("Gelu")
+    if name == "mlp":
+        network.activate("Relu")
+        network.node("Transpose", [network.tensor], network.next(), perm=[0, 2, 3, 1])
+        network.matmul(32)
+        network.matmul(16, bias=True)
+        network.activate("Relu")
+        network.node("Transpose", [network.tensor], network.next(), perm=[0, 3, 1, 2])
+        network.conv(32, kernel=1)
+        network.activate("Relu")
+        network.flatten()
+        network.gemm(48)
+        network.activate("Relu")
+        network.gemm(32, bias=False, transposed=False)
+        network.activate("Clip")
+        network.matmul(40, bias=True)
+        network.activate("Relu")
+        network.matmul(24)
     return network.finish()
 
 
-FAMILIES = ["everything", "resnet", "mobilenetv3", "shufflenet", "convnext"]
+FAMILIES = ["everything", "resnet", "mobilenetv3", "shufflenet", "convnext", "mlp"]
 
 
 def prepare(model: onnx.ModelProto) -> tuple[Table, UInt8]:
@@ -139,30 +157,80 @@ def test_families_keep_their_meaning_and_their_contract(emit: Emit, name: str) -
     assert emitted.model.graph.input == model.graph.input
     assert emitted.model.graph.output == model.graph.output
     assert emitted.model.metadata_props == model.metadata_props
-    convs = {conv.name for conv in Graph(model).convs()}
-    assert convs <= set(emitted.quantized) | set(emitted.kept_float)
+    layers = {layer.name for layer in Graph(model).layers()}
+    assert layers <= set(emitted.quantized) | set(emitted.kept_float)
     assert not set(emitted.quantized) & set(emitted.kept_float)
     assert emitted.quantized
-    reference = run(model, images)
-    assert sqnr_db(reference, run(emitted.model, images)) > 25
-    assert sqnr_db(reference, run(emitted.model, images, fused=False)) > 25
+    reference, least = run(model, images), 20 if name == "mlp" else 25
+    assert sqnr_db(reference, run(emitted.model, images)) > least
+    assert sqnr_db(reference, run(emitted.model, images, fused=False)) > least
     one = run(emitted.model, images[:1])
     np.testing.assert_allclose(one, run(emitted.model, images)[:1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("classifier", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_conv_is_one_integer_kernel_on_onnxruntime(name: str) -> None:
+def test_every_layer_is_one_integer_kernel_on_onnxruntime(name: str, classifier: bool) -> None:
     model = family(name)
-    emitted = onnxruntime_dialect.emit(model, prepare(model)[0])
-    assert len(emitted.quantized) == len(Graph(model).convs())
+    emitted = onnxruntime_dialect.emit(model, prepare(model)[0], classifier=classifier)
+    layers = Graph(model).layers()
+    assert len(emitted.quantized) == len(layers) - (not classifier)
     counts = check_kernels(emitted)
-    assert counts["QLinearConv"] == len(emitted.quantized)
-    assert "Conv" not in counts
-    assert "FusedConv" not in counts
-    if name != "convnext":  # its LayerNorm, MatMul and Gelu are float by nature
-        assert counts["DequantizeLinear"] <= 2, "only the last feature map is dequantized"
-        assert "QuantizeLinear" not in counts
-        assert not {"Cast", "HardSigmoid", "HardSwish", "Clip"} & set(counts)
+    assert counts["QLinearConv"] == len(Graph(model).convs())
+    assert not {"Conv", "FusedConv", "FusedGemm"} & set(counts)
+    assert counts.get("Gemm", 0) == (not classifier)
+    if name in ("convnext", "mlp"):  # the bias of a MatMul, LayerNorm and Gelu are float by nature
+        return
+    assert counts["DequantizeLinear"] <= 2, "only the last feature map is dequantized"
+    assert counts.get("QuantizeLinear", 0) == classifier, "only the features are quantized again"
+    assert not {"Cast", "HardSigmoid", "HardSwish", "Clip"} & set(counts)
+
+
+def test_matrix_products_between_8_bit_layers_write_8_bit() -> None:
+    model = family("mlp")
+    emitted = onnxruntime_dialect.emit(model, prepare(model)[0], classifier=True)
+    counts = check_kernels(emitted)
+    assert counts["QLinearMatMul"] == 1
+    assert counts["MatMulIntegerToFloat"] == 2, "one brings its bias in a float Add, one ends it"
+    assert counts["QGemm"] == 4
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_quantized_classifier_gives_float_logits(bias: bool) -> None:
+    model = small_cnn()
+    (gemm,) = (node for node in model.graph.node if node.op_type == "Gemm")
+    if not bias:
+        del gemm.input[2]
+    table, images = prepare(model)
+    emitted = onnxruntime_dialect.emit(model, table, classifier=True)
+    assert emitted.quantized[-1] == gemm.name
+    assert check_kernels(emitted)["QGemm"] == 1
+    logits = run(emitted.model, images, tensor="logits")
+    assert logits.dtype == np.float32
+    assert sqnr_db(run(model, images, tensor="logits"), logits) > 20
+    plain = onnxruntime_dialect.emit(model, table)
+    reason = "it makes an output of the model; quantized if asked for"
+    assert plain.kept_float[gemm.name] == reason
+    emitted = onnxruntime_dialect.emit(model, table, classifier=True, float_nodes=[gemm.name])
+    assert emitted.kept_float[gemm.name] == "asked for by float_nodes"
+
+
+@BOTH
+def test_attention_models_stay_float_with_the_reason(emit: Emit) -> None:
+    network = Network(channels=3)
+    network.conv(16, stride=2)
+    network.attention()
+    model = network.finish()
+    table, images = prepare(model)
+    emitted = emit(model, table)
+    assert emitted.quantized == ()
+    assert set(emitted.kept_float.values()) <= {
+        ATTENTION,
+        "MatMul: its weights are not a plain constant",
+        "it makes an output of the model; quantized if asked for",
+    }
+    assert ATTENTION in emitted.kept_float.values()
+    np.testing.assert_allclose(run(emitted.model, images), run(model, images), atol=1e-4)
 
 
 def test_a_conv_that_is_not_fused_is_named() -> None:
@@ -239,6 +307,18 @@ def test_a_max_pool_has_one_scale_on_both_sides() -> None:
         assert scales[0] == scales[1]
 
 
+@BOTH
+def test_a_relu_behind_a_max_pool_still_cuts_off_what_is_negative(emit: Emit) -> None:
+    network = Network()
+    network.conv(16)
+    network.max_pool()
+    network.activate("Relu")
+    network.conv(16)
+    model = network.finish()
+    table, images = prepare(model)
+    assert sqnr_db(run(model, images), run(emit(model, table).model, images)) > 25
+
+
 def test_the_byte_is_the_first_quantized_value() -> None:
     model = small_cnn(mean=128, std=128.0)
     table, images = prepare(model)
@@ -308,6 +388,98 @@ def test_onnxruntime_arithmetic_is_exact_integer_arithmetic() -> None:
     got = run(emitted.model, images, tensor=after.output[0])
     assert got.dtype == np.uint8
     np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("kind", ["QLinearMatMul", "QGemm", "MatMulIntegerToFloat"])
+def test_matrix_products_are_exact_integer_arithmetic(kind: str) -> None:
+    """A layer in int64 NumPy from the stored integers, byte for byte where it writes bytes."""
+    network = Network(channels=1, seed=5)
+    network.conv(16, stride=2)
+    network.relu6()
+    if kind == "QGemm":
+        network.flatten()
+        network.gemm(24)
+    else:
+        network.node("Transpose", [network.tensor], network.next(), perm=[0, 2, 3, 1])
+        network.matmul(24)
+    network.activate("Relu" if kind != "MatMulIntegerToFloat" else "Gelu")
+    if kind == "QGemm":
+        network.gemm(16)
+    else:
+        network.matmul(16)
+        network.node("Transpose", [network.tensor], network.next(), perm=[0, 3, 1, 2])
+    model = network.finish()
+    table, images = prepare(model)
+    emitted = onnxruntime_dialect.emit(model, table)
+    assert check_kernels(emitted)[kind]
+    made_by = producers(emitted.model)
+    layer = next(node for node in emitted.model.graph.node if node.name == emitted.quantized[1])
+    data, weight, *bias = (made_by[tensor] for tensor in layer.input)
+    x_scale, x_zero, w, w_scale = (
+        initializer(emitted.model, tensor) for tensor in (*data.input[1:], *weight.input[:2])
+    )
+    w = w.astype(np.int64)
+    x = run(emitted.model, images, tensor=data.input[0]).astype(np.int64) - int(x_zero)
+    total = x @ (w.T if layer.op_type == "Gemm" else w)
+    if bias:
+        total += initializer(emitted.model, bias[0].input[0])
+    if kind == "MatMulIntegerToFloat":
+        got = run(emitted.model, images, tensor=layer.output[0])
+        np.testing.assert_array_equal(got, total.astype(np.float32) * (x_scale * w_scale))
+        return
+    (after,) = (node for node in emitted.model.graph.node if node.input[0] == layer.output[0])
+    y_scale, y_zero = (initializer(emitted.model, tensor) for tensor in after.input[1:])
+    scaled = total.astype(np.float32) * (x_scale * w_scale / y_scale).astype(np.float32)
+    expected = np.clip(np.rint(scaled) + int(y_zero), 0, 255)
+    np.testing.assert_array_equal(run(emitted.model, images, tensor=after.output[0]), expected)
+
+
+def quantized_back(layer: Layer, tuned: Tuned) -> npt.NDArray[np.float32]:
+    """The tuned weights of ``layer`` in its own shape, as floats."""
+    shape = [1] * layer.weight.ndim
+    shape[layer.axis] = -1
+    return (tuned.weights[layer.name] * tuned.scales[layer.name].reshape(shape)).astype(np.float32)
+
+
+@BOTH
+def test_layers_take_tuned_weights_in_their_own_shape(emit: Emit) -> None:
+    """With scales twice as large and other biases it is the float graph with those."""
+    model = family("mlp")
+    table, images = prepare(model)
+    plain = emit(model, table, correct_bias=False)
+    layers = {layer.name: layer for layer in Graph(model).layers()}
+    scales = {n: 2 * weight_scales(layers[n].weight, layers[n].axis) for n in plain.quantized}
+    tuned = Tuned(
+        scales=scales,
+        weights={n: quantize_weight(layers[n].weight, scales[n], layers[n].axis) for n in scales},
+        biases={n: b + np.float32(0.05) for n in scales if (b := layers[n].bias) is not None},
+    )
+    emitted = emit(model, table, tuned=tuned)
+    assert emitted.quantized == plain.quantized
+    stored = {
+        tensor.name: numpy_helper.to_array(tensor) for tensor in emitted.model.graph.initializer
+    }
+    for name in plain.quantized:
+        integers = [v for v in stored.values() if np.array_equal(v, tuned.weights[name])]
+        assert len(integers) == 1, name
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    for node in changed.graph.node:
+        layer = layers.get(node.name)
+        if layer is None or layer.name not in scales:
+            continue
+        values = {node.input[1]: quantized_back(layer, tuned)}
+        adder = next((n for n in changed.graph.node if n.name == layer.bias_add), node)
+        for tensor_name in adder.input:
+            if tensor_name.endswith("_bias"):
+                values[tensor_name] = tuned.biases[layer.name]
+        for tensor in changed.graph.initializer:
+            if tensor.name in values:
+                tensor.CopyFrom(numpy_helper.from_array(values[tensor.name], tensor.name))
+    got, least = run(emitted.model, images), sqnr_db(run(model, images), run(plain.model, images))
+    assert sqnr_db(run(changed, images), got) > max(least - 6, sqnr_db(run(model, images), got) + 3)
+    if emit is onnxruntime_dialect.emit:
+        check_kernels(emitted)
 
 
 def test_weights_scales_and_biases_match_their_formulas() -> None:
@@ -421,7 +593,7 @@ def test_named_nodes_stay_float(emit: Emit) -> None:
         assert sqnr_db(reference, run(emitted.model, images)) > 25
         if emit is onnxruntime_dialect.emit:
             check_kernels(emitted)
-    none = emit(model, table, float_nodes=[conv.name for conv in Graph(model).convs()])
+    none = emit(model, table, float_nodes=[layer.name for layer in Graph(model).layers()])
     assert none.quantized == ()
     np.testing.assert_allclose(run(none.model, images), reference, rtol=1e-4, atol=1e-4)
     with pytest.raises(ExportError, match="float_nodes: the graph has no node 'stem'"):
@@ -459,7 +631,7 @@ def test_float_nodes_between_8_bit_ones_are_listed() -> None:
     kept = onnxruntime_dialect.emit(model, prepare(model)[0]).kept_float
     by_op = {Graph(model).nodes[name].op_type: reason for name, reason in kept.items()}
     assert by_op["Gelu"] == "Gelu: onnxruntime has no 8-bit kernel for it"
-    assert by_op["MatMul"] == "MatMul: only convolutions are quantized"
+    assert "MatMul" not in by_op
     assert by_op["Transpose"] == "Transpose: its neighbours are float"
     add = next(n.name for n in model.graph.node if n.op_type == "Add" and "normal" not in n.output)
     kept = onnxruntime_dialect.emit(model, prepare(model)[0], float_nodes=[add]).kept_float
@@ -495,7 +667,7 @@ def test_narrow_layers_stay_float_for_tensorrt_with_the_reason() -> None:
         "depthwise 1x1 with 16 channels; INT8 wants 3x3 and multiples of 8",
         "one output pixel: a matrix-vector product",
         "one output pixel: a matrix-vector product",
-        "Gemm: only convolutions are quantized",
+        "one output pixel: a matrix-vector product",
     ]
     assert len(emitted.quantized) == 2
 
@@ -539,7 +711,16 @@ def random_models(draw: st.DrawFn) -> onnx.ModelProto:
         if block == "shuffle":
             network.shuffle()
         if block == "next":
-            network.transformer_block()
+            network.transformer_block(bias=draw(st.booleans()))
+    if draw(st.booleans()):
+        network.flatten()
+        for kind in draw(st.lists(st.sampled_from(["gemm", "matmul"]), min_size=1, max_size=2)):
+            outputs, bias = draw(st.sampled_from([8, 16, 24])), draw(st.booleans())
+            network.activate(draw(st.sampled_from(ACTIVATIONS)))
+            if kind == "gemm":
+                network.gemm(outputs, bias=bias, transposed=draw(st.booleans()))
+            else:
+                network.matmul(outputs, bias=bias)
     return network.finish()
 
 
@@ -551,13 +732,17 @@ def test_random_graphs_keep_their_meaning(model: onnx.ModelProto) -> None:
     for emit in (tensorrt_dialect.emit, onnxruntime_dialect.emit):
         emitted = emit(model, table)
         assert sqnr_db(reference, run(emitted.model, images)) > 18
-    assert len(emitted.quantized) == len(Graph(model).convs())
+    assert len(emitted.quantized) == len(Graph(model).layers()) - 1
     check_kernels(emitted)
+    with_classifier = onnxruntime_dialect.emit(model, table, classifier=True)
+    assert len(with_classifier.quantized) == len(Graph(model).layers())
+    check_kernels(with_classifier)
 
 
-def test_tensorrt_builds_every_intended_convolution_in_int8() -> None:
+def test_tensorrt_builds_every_intended_layer_in_int8() -> None:
     pytest.importorskip("tensorrt_rtx")
-    from runtime.engines.tensorrt_build import build, conv_precisions
+    from runtime.engines.tensorrt_build import build
+    from runtime.engines.tensorrt_layers import node_precisions
 
     for name in FAMILIES:
         model = family(name)
@@ -569,6 +754,5 @@ def test_tensorrt_builds_every_intended_convolution_in_int8() -> None:
             shape=(SIZE, SIZE, channels),
             target_sm=(8, 6),
         )
-        precisions = conv_precisions(built)
-        wrong = {n: precisions.get(n) for n in emitted.quantized if precisions.get(n) != "INT8"}
-        assert not wrong, name
+        precisions = node_precisions(built.layers, emitted.quantized)
+        assert set(precisions.values()) == {"INT8"}, (name, precisions)

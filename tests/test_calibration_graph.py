@@ -5,7 +5,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from calibration.graph import Graph, check_input, check_names
+from calibration.graph import Graph, channel_axis, check_input, check_names
 from runtime.errors import ExportError
 from runtime.preprocess import InputSpec
 from tests.calibration_graphs import SIZE, Network, small_cnn
@@ -49,8 +49,59 @@ def test_only_what_is_quantized_is_observed() -> None:
     network.conv(8)
     observed = Graph(network.finish()).observable()
     assert before not in observed, "a Clip at zero cuts it off"
-    assert {"normal", clipped, swish_input, swish} <= set(observed)
-    assert not {"cast", "planes", "scaled", "features", "logits"} & set(observed)
+    assert {"normal", clipped, swish_input, swish, "features"} <= set(observed)
+    assert not {"cast", "planes", "scaled", "logits"} & set(observed)
+
+
+def test_linear_layers_are_found_with_their_axis_and_bias() -> None:
+    network = Network()
+    network.conv(8)
+    network.node("Transpose", [network.tensor], network.next(), perm=[0, 2, 3, 1])
+    network.matmul(24)
+    network.matmul(8, bias=True)
+    network.node("Transpose", [network.tensor], network.next(), perm=[0, 3, 1, 2])
+    network.flatten()
+    network.gemm(16)
+    network.gemm(12, bias=False, transposed=False)
+    graph = Graph(network.finish())
+    conv, plain, biased, transposed, other, head = graph.layers()
+    assert [layer.op_type for layer in (conv, plain, head)] == ["Conv", "MatMul", "Gemm"]
+    assert [layer.axis for layer in (conv, plain, biased, transposed, other)] == [0, 1, 1, 0, 1]
+    assert [layer.out_channels for layer in graph.layers()] == [8, 24, 8, 16, 12, 3]
+    assert [layer.in_channels for layer in graph.layers()] == [1, 8, 24, 8, 16, 12]
+    assert biased.rows.shape == (8, 24)
+    assert [layer.bias is None for layer in (plain, other)] == [True, True]
+    assert [layer.bias is None for layer in (biased, transposed)] == [False, False]
+    assert graph.nodes[biased.bias_add].output == [biased.output]
+    assert [found.name for found in graph.convs()] == [conv.name]
+    assert [channel_axis(layer.op_type) for layer in (conv, plain, head)] == [1, -1, -1]
+    shapes = [graph.shape(layer.output) for layer in graph.layers()]
+    for layer, shape in zip(graph.layers(), shapes, strict=True):
+        assert shape is not None
+        assert shape[channel_axis(layer.op_type)] == layer.out_channels
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"alpha": 0.5}, {"beta": 2.0}, {"transA": 1}],
+)
+def test_a_gemm_that_is_no_plain_layer_is_none(damage: dict[str, float]) -> None:
+    model = small_cnn()
+    (gemm,) = (node for node in model.graph.node if node.op_type == "Gemm")
+    if damage:
+        gemm.attribute.extend(helper.make_attribute(*item) for item in damage.items())
+    assert Graph(model).layer(gemm) is None
+
+
+def test_products_of_computed_matrices_are_no_layers_but_attention() -> None:
+    network = Network()
+    network.conv(8)
+    network.attention()
+    graph = Graph(network.finish())
+    assert [layer.op_type for layer in graph.layers()] == ["Conv", *["MatMul"] * 3, "Gemm"]
+    (name,) = graph.attention()
+    assert graph.nodes[name].op_type == "Softmax"
+    assert Graph(small_cnn()).attention() == ()
 
 
 def _external(model: onnx.ModelProto) -> None:
