@@ -28,13 +28,16 @@ be read, the stop among them. It may replace them."""
 BATCH = 4
 """Images that go through a piece at a time: temporary memory is that of one batch a core."""
 
+GROUP = 16
+"""Images whose tensors are in memory at once where nothing needs all of them together."""
+
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
     """Consecutive nodes as a model of their own."""
 
-    stop: str
-    """The tensor after which the caller is asked; empty for the last piece."""
+    stops: tuple[str, ...]
+    """The tensors of its last node that the caller is shown."""
     model: bytes
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -73,9 +76,16 @@ class Executor:
                 values.update(_run(piece, session, values, pool))
                 for tensor in piece.dead:
                     values.pop(tensor, None)
-                if piece.stop and visit is not None:
-                    visit(piece.stop, values)
+                if visit is not None:
+                    for stop in piece.stops:
+                        visit(stop, values)
         return {name: values[name] for name in self.outputs}
+
+
+def groups(images: UInt8) -> Iterator[UInt8]:
+    """``images`` a few at a time, for what may be summed up over several runs."""
+    for start in range(0, len(images), GROUP):
+        yield images[start : start + GROUP]
 
 
 def run_exactly(model: onnx.ModelProto, images: UInt8) -> npt.NDArray[np.float32]:
@@ -114,25 +124,24 @@ def _cut(
 ) -> Iterator[_Piece]:
     """The pieces of ``model`` that ``outputs`` need, in graph order."""
     light = _light(model)
-    groups: list[tuple[str, list[onnx.NodeProto]]] = [("", [])]
+    runs: list[list[onnx.NodeProto]] = [[]]
     for node in _needed(model, outputs, given):
         if light.issuperset(node.output):
             continue
-        groups[-1][1].append(node)
-        stop = next((tensor for tensor in node.output if tensor in stops), "")
-        if stop:
-            groups[-1] = (stop, groups[-1][1])
-            groups.append(("", []))
-    groups = [group for group in groups if group[1]]
-    whole = [_with_light(model, nodes, light) for _, nodes in groups]
+        runs[-1].append(node)
+        if not set(stops).isdisjoint(node.output):
+            runs.append([])
+    runs = [nodes for nodes in runs if nodes]
+    whole = [_with_light(model, nodes, light) for nodes in runs]
     read = [_read(model, nodes) for nodes in whole]
     last = {tensor: index for index, tensors in enumerate(read) for tensor in tensors}
     types = _types(model)
-    for index, ((stop, nodes), inputs) in enumerate(zip(groups, read, strict=True)):
+    for index, (nodes, inputs) in enumerate(zip(runs, read, strict=True)):
+        shown = tuple(tensor for tensor in nodes[-1].output if tensor in stops)
         made = [tensor for node in nodes for tensor in node.output if tensor]
-        kept = [t for t in made if t in outputs or t == stop or last.get(t, -1) > index]
+        kept = [t for t in made if t in outputs or t in shown or last.get(t, -1) > index]
         yield _Piece(
-            stop=stop,
+            stops=shown,
             model=_model(model, whole[index], inputs, kept, types).SerializeToString(),
             inputs=tuple(inputs),
             outputs=tuple(kept),

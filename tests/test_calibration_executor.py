@@ -33,7 +33,7 @@ def test_pieces_compute_what_the_whole_computes(dialect: str) -> None:
     stops = [node.output[0] for node in model.graph.node if node.op_type == "Conv"]
     visited: list[str] = []
     pieces = Executor(model, stops=stops)
-    got = pieces.run({"image": images}, lambda stop, live: visited.append(stop))["logits"]
+    got = pieces.run({"image": images}, lambda stop, _: visited.append(stop))["logits"]
     np.testing.assert_allclose(got, expected, rtol=1e-6)
     assert visited == stops
 
@@ -60,7 +60,7 @@ def test_a_visitor_may_replace_what_it_is_shown() -> None:
     got = Executor(model, stops=[stop]).run({"image": draw_images(6)}, visit)["logits"]
     assert seen[0].shape == (6, 8, 8, 8)
     assert seen[0].max() > 0
-    np.testing.assert_array_equal(got, np.zeros_like(got)), "the head has no bias"
+    np.testing.assert_array_equal(got, np.zeros_like(got), "the head has no bias")
 
 
 def test_only_what_is_read_later_is_kept() -> None:
@@ -100,3 +100,15 @@ def test_shapes_read_from_the_image_do_not_get_a_row_per_image() -> None:
     images = draw_images(7)
     got = Executor(model, stops=stops).run({"image": images})["logits"]
     np.testing.assert_allclose(got, reference(model, images), rtol=1e-6)
+
+
+def test_a_node_may_make_two_stops() -> None:
+    network = Network()
+    network.conv(16, stride=2)
+    network.shuffle()
+    model = network.finish()
+    (split,) = (node for node in model.graph.node if node.op_type == "Split")
+    visited: list[str] = []
+    executor = Executor(model, stops=split.output)
+    executor.run({"image": draw_images(3)}, lambda stop, _: visited.append(stop))
+    assert visited == list(split.output)
