@@ -5,31 +5,69 @@ This command is for looking at a calibration, or repeating it with other setting
 """
 
 import argparse
-import json
+import dataclasses
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
 
 from runtime.command import run_command
 from runtime.errors import ExportError
 
 if TYPE_CHECKING:
-    from calibration.pipeline import Calibration
+    import onnx
+    from rich.progress import Progress
 
-MOST_CLIPPED = 5
+    from calibration.pipeline import Calibration
+    from runtime.dataset import Example
+    from runtime.preprocess import UInt8
+    from runtime.recipe import Recipe
+
+T = TypeVar("T")
+
+GALLERY_FILE = "gallery.html"
+PLOT_FILE = "ranges.png"
+
+SHOWN = 5
+"""Refused images and clipped tensors that are printed; the files have all."""
+
+SHOWN_LAYERS = 10
+"""Layers that are printed of a sensitivity scan."""
+
+JUDGES = 64
+"""Images that were not chosen and judge layers and methods."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m calibration",
-        description="Choose calibration images and measure INT8 ranges; writes images.json and "
-        "table.json to build/NAME/calibration/.",
-        epilog="Example: python -m calibration train/recipes/solar.toml",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Choose calibration images and measure INT8 ranges, as `python -m export` "
+        "does by itself;\nthis is for looking closer. Leaves in build/NAME/calibration/:\n\n"
+        "  gallery.html  every image that was taken or refused, with the reason: look here first\n"
+        "  ranges.png    what every tensor held, what INT8 represents of it, what is clipped\n"
+        "  table.json    the same as figures; both INT8 forms are made from it\n"
+        "  images.json   the choice of images",
+        epilog="What to look for: every class among the images; no refused image that you would "
+        "have taken;\nno tensor that clips much more on images held out than on those of the "
+        "calibration: that one\nneeds more, or more varied, images ([calibration] images in the "
+        "recipe).\n\n"
+        "Examples:\n"
+        "  python -m calibration train/recipes/solar.toml\n"
+        "  python -m calibration train/recipes/solar.toml --sensitivity",
     )
     parser.add_argument("recipe", type=Path, help="the TOML file that was exported")
+    parser.add_argument(
+        "--sensitivity",
+        action="store_true",
+        help="quantize one layer at a time and list those that cost most, for both INT8 forms "
+        "(a minute or two)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -37,62 +75,125 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    folder, calibration = run(arguments.recipe)
-    summary = summarize(folder, calibration)
-    print(json.dumps(summary, indent=1) if arguments.json else describe(summary))
+    done = run(arguments.recipe)
+    summary = summarize(done)
+    if arguments.sensitivity:
+        summary["sensitivity"] = sensitivity(done)
+    if arguments.json:  # msgspec writes null where a ratio is infinite; JSON has no word for it
+        print(msgspec.json.format(msgspec.json.encode(summary), indent=1).decode())
+    else:
+        print(describe(summary))
     return 0
 
 
-def run(recipe_path: Path) -> "tuple[Path, Calibration]":
-    """Calibrate for a recipe; return the folder written to, and the result.
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """A calibration with what it was made from."""
+
+    recipe_path: Path
+    recipe: "Recipe"
+    folder: Path
+    graph: "onnx.ModelProto"
+    examples: "tuple[Example, ...]"
+    calibration: "Calibration"
+
+    def judges(self) -> "UInt8":
+        """Images ``[N, H, W, C]`` that were not chosen, or the chosen ones if all were."""
+        import numpy as np
+
+        from calibration.images import held_out
+        from runtime.preprocess import preprocess
+
+        spec, choice = self.recipe.input, self.calibration.choice
+        held = held_out(self.examples, choice, count=JUDGES, spec=spec, seed=self.recipe.seed)
+        paths = [example.path for example in held or choice.chosen[:JUDGES]]
+        return np.stack([preprocess(path, spec) for path in paths])
+
+
+def run(recipe_path: Path) -> Done:
+    """Calibrate for a recipe and write all four files.
 
     Raises FieldfitError.
     """
-    import onnx
-    from google.protobuf.message import (  # type: ignore[import-untyped,unused-ignore]
-        DecodeError,
-    )
-
+    from calibration.gallery import write_gallery
     from calibration.pipeline import calibrate
+    from calibration.plots import write_ranges
     from runtime.dataset import read_dataset
     from runtime.recipe import load_recipe
 
     recipe = load_recipe(recipe_path)
     dataset = read_dataset(recipe.build / "train" / "images.json")
     folder = recipe.build / "calibration"
-    path = folder / "fp32.onnx"
+    graph = _load_graph(folder / "fp32.onnx", recipe_path)
+    examples = dataset.select(dataset.field, "train")
+    calibration = calibrate(
+        graph,
+        examples,
+        dataset.classes,
+        recipe.input,
+        recipe.calibration,
+        seed=recipe.seed,
+        folder=folder,
+        track=lambda items: _track(items, "images"),
+    )
+    write_gallery(
+        folder / GALLERY_FILE,
+        calibration.choice,
+        recipe.input,
+        title=f"Calibration images of {recipe.name}",
+        classes=dataset.classes,
+        track=lambda items: _track(items, "gallery"),
+    )
+    write_ranges(folder / PLOT_FILE, calibration.table, {})
+    return Done(recipe_path, recipe, folder, graph, examples, calibration)
+
+
+def _load_graph(path: Path, recipe_path: Path) -> "onnx.ModelProto":
+    import onnx
+    from google.protobuf.message import (  # type: ignore[import-untyped,unused-ignore]
+        DecodeError,
+    )
+
     try:
-        graph = onnx.load(path)
+        return onnx.load(path)
     except FileNotFoundError as error:
         raise ExportError(f"{path}: no such graph; run `python -m export {recipe_path}`") from error
     except (OSError, DecodeError) as error:
         raise ExportError(
             f"{path}: not an ONNX model; delete it and run `python -m export {recipe_path}`"
         ) from error
-    calibration = calibrate(
-        graph,
-        dataset.select(dataset.field, "train"),
-        dataset.classes,
-        recipe.input,
-        recipe.calibration,
-        seed=recipe.seed,
-        folder=folder,
-    )
-    return folder, calibration
 
 
-def summarize(folder: Path, calibration: "Calibration") -> dict[str, Any]:
+def sensitivity(done: Done) -> dict[str, list[dict[str, Any]]]:
+    """What each layer costs alone in INT8, worst first, for both forms."""
+    from calibration import onnxruntime_dialect, tensorrt_dialect
+    from calibration.sensitivity import scan
+
+    images = done.judges()
+    found: dict[str, list[dict[str, Any]]] = {}
+    for form, emit in (("int8", tensorrt_dialect.emit), ("int8-cpu", onnxruntime_dialect.emit)):
+        with _share_bar(f"layers of {form}") as progress:
+            layers = scan(done.graph, done.calibration.table, emit, images, progress=progress)
+        found[form] = [dataclasses.asdict(layer) for layer in layers]
+    return found
+
+
+def summarize(done: Done) -> dict[str, Any]:
     """What a person or a program wants to know of a calibration."""
+    from calibration.pipeline import IMAGES_FILE, TABLE_FILE
+
+    calibration = done.calibration
     table, choice = calibration.table, calibration.choice
     clipped = sorted(table.tensors.items(), key=lambda item: -item[1].clipped)
     return {
-        "folder": str(folder),
+        "folder": str(done.folder),
+        "files": [IMAGES_FILE, TABLE_FILE, GALLERY_FILE, PLOT_FILE],
         "reused": calibration.reused,
         "reason": calibration.reason,
         "method": table.key.method,
         "images": len(choice.chosen),
         "candidates": choice.candidates,
-        "per_class": calibration.per_class,
+        "per_class": dict(calibration.per_class),
         "refused": [{"path": r.path, "reason": r.reason} for r in choice.refused],
         "tensors": len(table.tensors),
         "most_clipped": [
@@ -102,32 +203,110 @@ def summarize(folder: Path, calibration: "Calibration") -> dict[str, Any]:
                 "observed": tensor.observed,
                 "chosen": tensor.chosen,
             }
-            for name, tensor in clipped[:MOST_CLIPPED]
+            for name, tensor in clipped[:SHOWN]
             if tensor.clipped > 0.0
         ],
+        "next": _next_step(done),
     }
+
+
+def _next_step(done: Done) -> str:
+    calibration, recipe = done.calibration, done.recipe_path
+    wanted = done.recipe.calibration.images
+    found = len(calibration.choice.chosen)
+    missing = [name for name, count in calibration.per_class.items() if not count]
+    if missing and len(missing) < len(calibration.per_class):
+        return f"add images of {', '.join(missing)} to the training split, then train again"
+    if found < wanted:
+        return f"add images to the training split: {found} of the {wanted} wanted are usable"
+    return f"look at {done.folder / GALLERY_FILE}, then run `python -m export {recipe}`"
 
 
 def describe(summary: dict[str, Any]) -> str:
     """``summary`` for people."""
     classes = ", ".join(f"{name} {count}" for name, count in summary["per_class"].items())
-    lines = [
-        f"{summary['images']} of {summary['candidates']} images: {classes}",
-        f"{len(summary['refused'])} refused"
-        + "".join(f"\n  {r['path']}: {r['reason']}" for r in summary["refused"][:MOST_CLIPPED]),
+    refused = summary["refused"]
+    lines = [f"{summary['images']} of {summary['candidates']} images: {classes}"]
+    lines.append(f"{len(refused)} refused")
+    lines += [f"  {r['path']}: {r['reason']}" for r in refused[:SHOWN]]
+    if len(refused) > SHOWN:
+        lines.append(f"  and {len(refused) - SHOWN} more, see {GALLERY_FILE}")
+    lines.append(
         f"{summary['tensors']} tensors, method {summary['method']}, "
         + ("table used again: " if summary["reused"] else "table measured: ")
-        + summary["reason"],
-    ]
-    if summary["most_clipped"]:
-        lines.append("most clipped:")
-    for item in summary["most_clipped"]:
+        + summary["reason"]
+    )
+    lines += _clipped_lines(summary["most_clipped"])
+    for form, layers in summary.get("sensitivity", {}).items():
+        lines += _sensitivity_lines(form, layers)
+    lines.append(f"written to {summary['folder']}: {', '.join(summary['files'])}")
+    return "\n".join([*lines, f"next: {summary['next']}"])
+
+
+def _clipped_lines(most_clipped: Sequence[dict[str, Any]]) -> list[str]:
+    lines = ["most clipped:"] if most_clipped else ["nothing is clipped on calibration images"]
+    for item in most_clipped:
         low, high = item["chosen"]
         lines.append(
             f"  {item['clipped']:8.4%}  {item['tensor']}  {low:.4g} to {high:.4g}"
             f"  (seen {item['observed'][0]:.4g} to {item['observed'][1]:.4g})"
         )
-    return "\n".join([*lines, f"written to {summary['folder']}"])
+    return lines
+
+
+def _sensitivity_lines(form: str, layers: Sequence[dict[str, Any]]) -> list[str]:
+    lines = [f"{form}: layers by their share of the error, each alone in INT8"]
+    lines.append(f"  {'error':>6}  {'SQNR':>8}  {'flips':>9}  {'compute':>7}  layer")
+    lines += [
+        f"  {layer['error_share']:6.1%}  {layer['sqnr_db']:5.1f} dB  {layer['flips']:3} of "
+        f"{layer['images']:2}  {layer['compute_share']:7.1%}  {layer['name']}"
+        for layer in layers[:SHOWN_LAYERS]
+    ]
+    rest = sum(layer["error_share"] for layer in layers[SHOWN_LAYERS:])
+    if len(layers) > SHOWN_LAYERS:
+        lines.append(f"  {rest:6.1%}  the other {len(layers) - SHOWN_LAYERS}")
+    return lines
+
+
+@contextmanager
+def _bar() -> "Iterator[Progress]":
+    """A progress display on stderr of which nothing stays; a log file gets none."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(24),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bar:
+        yield bar
+
+
+@contextmanager
+def _share_bar(label: str) -> Iterator[Callable[[float], None]]:
+    """A bar for work that reports its share done in [0, 1]."""
+    with _bar() as bar:
+        task = bar.add_task(label, total=1.0)
+        yield lambda share: bar.update(task, completed=share)
+
+
+def _track(items: Iterable[T], label: str) -> Iterator[T]:
+    """Yield ``items`` under a progress bar."""
+    with _bar() as bar:
+        yield from bar.track(
+            items, total=len(items) if isinstance(items, Sized) else None, description=label
+        )
 
 
 if __name__ == "__main__":
