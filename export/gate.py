@@ -43,7 +43,7 @@ def judge(quality: Quality, reference: Quality, budget: GateSettings) -> Verdict
     if accuracy is None:
         notes.append("no labels to judge accuracy by")
     else:
-        checks.append(_most("accuracy", accuracy, budget.max_accuracy_drop, quality))
+        checks.append(_most("accuracy", accuracy, budget.max_accuracy_drop, _pairs(quality)))
         few = _too_few(quality.labelled, budget.max_credible_accuracy_drop)
         if few:
             notes.append(few)
@@ -51,7 +51,8 @@ def judge(quality: Quality, reference: Quality, budget: GateSettings) -> Verdict
             checks.append(_credible(quality, budget.max_credible_accuracy_drop))
     recall = _drop(reference.worst_recall, quality.worst_recall)
     if recall is not None:
-        checks.append(_most("worst-class recall", recall, budget.max_worst_recall_drop))
+        span = _span(quality.worst_recall_drop_interval)
+        checks.append(_most("worst-class recall", recall, budget.max_worst_recall_drop, span))
     broken = [check.reason for check in checks if not check.passed]
     if broken:
         return Verdict(False, "; ".join(broken))
@@ -78,7 +79,7 @@ def _least(name: str, value: float, limit: float, interval: tuple[float, float] 
     words = f"{name} {value:.2%}"
     if value < limit:
         return Verdict(False, f"{words} < {limit:.2%}")
-    return Verdict(True, words + (f" [{interval[0]:.2%}, {interval[1]:.2%}]" if interval else ""))
+    return Verdict(True, words + _span(interval))
 
 
 def _signal(value: float, limit: float) -> Verdict:
@@ -86,17 +87,21 @@ def _signal(value: float, limit: float) -> Verdict:
     return Verdict(True, words) if value >= limit else Verdict(False, f"{words} < {limit:g} dB")
 
 
-def _most(name: str, drop: float, limit: float, pairs: Quality | None = None) -> Verdict:
+def _most(name: str, drop: float, limit: float, detail: str) -> Verdict:
     change = f"{'up' if drop < 0 else 'down'} {abs(drop):.2%}" if drop else "unchanged"
     words = f"{name} {change}"
     if drop > limit + _ROUNDING:
-        return Verdict(False, f"{words} > {limit:.2%}{_pairs(pairs)}")
-    return Verdict(True, words + _pairs(pairs))
+        return Verdict(False, f"{words} > {limit:.2%}{detail}")
+    return Verdict(True, words + detail)
 
 
-def _pairs(quality: Quality | None) -> str:
+def _span(interval: tuple[float, float] | None) -> str:
+    return "" if interval is None else f" [{interval[0]:.2%}, {interval[1]:.2%}]"
+
+
+def _pairs(quality: Quality) -> str:
     """The discordant pairs behind a change of accuracy."""
-    if quality is None or quality.p_value is None:
+    if quality.p_value is None:
         return ""
     return (
         f" ({quality.lost} answers lost and {quality.won} won on {quality.labelled} labelled "

@@ -24,7 +24,13 @@ from calibration import calibrate, check_kernels, onnxruntime_dialect, tensorrt_
 from calibration.quantize import Emitted
 from calibration.table import Table
 from export.engines import prove_engine
-from export.float16 import overflows, to_float16
+from export.float16 import (
+    activation_overflows,
+    activation_ranges,
+    first_not_finite,
+    overflows,
+    to_float16,
+)
 from export.gate import judge, without_int8
 from export.golden import choose_golden
 from export.onnx_graph import stem_of, to_onnx
@@ -57,6 +63,9 @@ from train.record import finished, training_key
 
 SAMPLES = 6
 """Held-out images copied to ``samples/`` for `make run`."""
+
+RANGED = 32
+"""Held-out images on which activations are held against what half can hold."""
 
 
 def export(recipe: Recipe, *, allow_fp16_only: bool = False) -> Release:
@@ -184,17 +193,23 @@ class _Job:
         return done.table
 
     def _fp16(self, graph: onnx.ModelProto) -> FormReport:
-        if too_large := overflows(graph):
-            reason = f"{len(too_large)} constants overflow float16, first: {too_large[0]}"
-            return FormReport(form="fp16", released=False, reason=reason, bytes=0, attempts=())
+        self._refuse_overflow(graph)
         model = to_float16(graph)
         convolutions = [node.name for node in graph.graph.node if node.op_type == "Conv"]
         return self._judge("fp16", model, convolutions, ())
 
+    def _refuse_overflow(self, graph: onnx.ModelProto) -> None:
+        """Raise ExportError if half cannot hold what the float graph holds: a CPU hides it."""
+        ranges = activation_ranges(graph, np.asarray(self.images[:RANGED]))
+        if too_large := overflows(graph) + activation_overflows(ranges):
+            raise ExportError(f"{len(too_large)} tensors overflow float16, first: {too_large[0]}")
+
     def _int8(self, form: str, graph: onnx.ModelProto) -> FormReport:
         """Climb: everything in INT8 first, then the convolution that sees the image left float."""
         table = self._calibrate(graph)
-        dialect = tensorrt_dialect if form == "int8" else onnxruntime_dialect
+        dialect = onnxruntime_dialect if form == "int8-cpu" else tensorrt_dialect
+        if form == "int8-fp16":
+            self._refuse_overflow(graph)
         attempts: list[Attempt] = []
         stem = stem_of(graph)
         for kept_float in ((), (stem,)) if stem else ((),):
@@ -203,7 +218,8 @@ class _Job:
                 raise ExportError(
                     "no convolution is left to quantize; transformers gain from fp16, not from INT8"
                 )
-            report = self._judge(form, emitted.model, emitted.quantized, kept_float, emitted)
+            model = to_float16(emitted.model) if form == "int8-fp16" else emitted.model
+            report = self._judge(form, model, emitted.quantized, kept_float, emitted)
             attempts += report.attempts
             if report.released:
                 break
@@ -224,7 +240,8 @@ class _Job:
         if np.isfinite(logits).all():
             passed, reason = judge(quality, self.reference, self.recipe.gate)
         else:
-            passed, reason = False, "logits are not finite (overflow)"
+            found = first_not_finite(model, np.asarray(self.images[:RANGED]))
+            passed, reason = False, f"logits are not finite: {found or 'overflow'}"
         kernels: dict[str, int] = {}
         proof = None
         if passed and form == "int8-cpu" and emitted is not None:

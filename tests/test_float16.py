@@ -8,7 +8,14 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.onnx_pb import ModelProto, NodeProto
 
-from export.float16 import normalisation_nodes, overflows, to_float16
+from export.float16 import (
+    activation_overflows,
+    activation_ranges,
+    first_not_finite,
+    normalisation_nodes,
+    overflows,
+    to_float16,
+)
 from runtime.errors import ExportError
 from runtime.metrics import sqnr_db
 
@@ -196,6 +203,73 @@ def test_weights_beyond_half_are_reported_and_clipped() -> None:
     values = {t.name: numpy_helper.to_array(t) for t in half.graph.initializer}
     assert values["b0_float16"].tolist() == [65504] + [-65504] * 7
     assert overflows(classifier()) == []
+
+
+def large_inside() -> ModelProto:
+    """A convolution's output goes far beyond half and comes back before anybody looks."""
+    random = np.random.default_rng(0)
+    node = helper.make_node
+    nodes = [
+        node("Cast", ["image"], ["float"], to=FLOAT),
+        node("Transpose", ["float"], ["planes"], perm=[0, 3, 1, 2]),
+        node("Conv", ["planes", "up"], ["big"]),
+        node("Conv", ["big", "down"], ["small"]),
+        node("GlobalAveragePool", ["small"], ["pooled"]),
+        node("Flatten", ["pooled"], ["features"]),
+        node("Gemm", ["features", "fc"], ["logits"], transB=1),
+    ]
+    constants: Constants = {
+        "up": (random.normal(size=(8, 3, 1, 1)) * 1e3).astype(np.float32),
+        "down": (random.normal(size=(8, 8, 1, 1)) * 1e-4).astype(np.float32),
+        "fc": random.normal(size=(4, 8)).astype(np.float32),
+    }
+    return graph(
+        nodes,
+        {"image": (TensorProto.UINT8, ["N", 8, 8, 3])},
+        {"features": (FLOAT, ["N", 8]), "logits": (FLOAT, ["N", 4])},
+        constants,
+    )
+
+
+IMAGES = np.random.default_rng(1).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+
+
+def test_an_activation_that_overflows_is_named_though_a_cpu_hides_it() -> None:
+    model = large_inside()
+    half = to_float16(model)
+    assert overflows(model) == []
+    assert sqnr_db(run(model)[0], run(half)[0]) > 50, "the CPU keeps it in float32 between nodes"
+    (overflow,) = activation_overflows(activation_ranges(model, IMAGES))
+    assert overflow.tensor == "big"
+    assert overflow.largest > 65504
+    assert first_not_finite(half, IMAGES) == "big is infinite first, the output of Conv node2_Conv"
+    assert first_not_finite(model, IMAGES) == ""
+
+
+def test_ranges_are_those_of_every_activation_over_all_images() -> None:
+    ranges = activation_ranges(classifier(), IMAGES)
+    pixels = IMAGES.astype(np.float32)
+    assert ranges["float"] == (pixels.min(), pixels.max())
+    assert ranges["normalised"] == pytest.approx((pixels.min() / 128 - 1, pixels.max() / 128 - 1))
+    logits = run(classifier())[0]
+    assert ranges["logits"] == pytest.approx((logits.min(), logits.max()), rel=1e-4)
+    assert next(iter(ranges)) == "float"
+    assert activation_overflows(ranges) == []
+    assert [str(o) for o in activation_overflows({"a": (-7e4, 1.0), "b": (np.nan, np.nan)})] == [
+        "a reaches 70000, half ends at 65504",
+        "b reaches nan, half ends at 65504",
+    ]
+
+
+def test_a_weight_that_is_no_number_is_found_where_it_first_shows() -> None:
+    model = classifier()
+    weight = next(t for t in model.graph.initializer if t.name == "w1")
+    values = numpy_helper.to_array(weight).copy()
+    values[0, 0] = np.nan
+    weight.CopyFrom(numpy_helper.from_array(values, "w1"))
+    words = first_not_finite(model, IMAGES)
+    assert words == "c1 is NaN first, the output of Conv node6_Conv"
+    assert "c1" in {o.tensor for o in activation_overflows(activation_ranges(model, IMAGES))}
 
 
 def test_constant_nodes_and_resize_scales() -> None:

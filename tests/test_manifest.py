@@ -1,5 +1,6 @@
 """A manifest is believed whole or not at all."""
 
+import hashlib
 import json
 from typing import Any
 
@@ -73,6 +74,20 @@ def test_the_bytes_are_canonical_and_readable() -> None:
     # the same content in another layout is not what was signed off
     with pytest.raises(BundleError, match="digest differs"):
         decode(json.dumps(json.loads(encode(MANIFEST))).encode())
+
+
+def test_a_manifest_from_before_a_field_was_added_stays_valid() -> None:
+    """Its digest is of its own bytes, not of what this fieldfit would write."""
+    older = json.loads(encode(MANIFEST))
+    for artifact in older["artifacts"]:
+        del artifact["speed_machine"], artifact["quality"]["p_value"]
+    older["digest"] = ""
+    bare = (json.dumps(older, indent=1, ensure_ascii=False) + "\n").encode()
+    digest = hashlib.sha256(bare).hexdigest()
+    data = bare.replace(b'"digest": ""', f'"digest": "{digest}"'.encode())
+    assert msgspec.structs.replace(decode(data), digest="") == MANIFEST
+    with pytest.raises(BundleError, match="digest differs"):
+        decode(data.replace(b'"solar"', b'"lunar"'))
 
 
 @pytest.mark.parametrize("bit", range(8))
