@@ -28,7 +28,7 @@ from torch.func import functional_call
 
 from runtime.errors import DataError, ExportError
 from runtime.metrics import sqnr_db
-from runtime.recipe import Schedule, TrainSettings
+from runtime.recipe import Augmentation, Schedule, TrainSettings
 from train.device import Device
 from train.features import BATCH, predict, to_device
 from train.finetune import Group, History, Watcher, fine_tune
@@ -40,7 +40,7 @@ Float32 = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 SCHEDULE = Schedule(
-    epochs=5, batch=32, learning_rate=2e-5, head_learning_rate=2e-5, weight_decay=0.0, patience=0
+    epochs=3, batch=32, learning_rate=2e-5, head_learning_rate=2e-5, weight_decay=0.0, patience=0
 )
 
 STEPS = 120
@@ -81,6 +81,7 @@ def quantize_aware(
     pixels: UInt8,
     field: Ints,
     source: Ints,
+    augment: tuple[Augmentation, ...],
     seed: int,
     state_path: Path,
     device: Device,
@@ -114,34 +115,29 @@ def quantize_aware(
     held_out, learned = np.split(
         random.permutation(field), [min(MAX_HELD_OUT, -(-len(field) // HELD_OUT_SHARE))]
     )
-    shares = (schedule.batch // SOURCE_SHARE if len(source) else 0, schedule.batch)
-    shares = (shares[0], shares[1] - shares[0])
-    # No epoch may be longer than its part of the steps.
-    passes = -(-steps // schedule.epochs)
-    replayed = random.permutation(source)[: passes * shares[0]]
-    learned = learned[: passes * shares[1]]
-    logits = predict(model, pixels, device, rows=np.concatenate([replayed, learned, held_out]))
-    model.to("cpu")
-    replayed_logits, learned_logits, held_out_logits = np.split(
-        logits, [len(replayed), len(replayed) + len(learned)]
-    )
-    groups = [
-        _group("source", SOURCE, replayed, replayed_logits, shares[0]),
-        _group("field", TARGET, learned, learned_logits, shares[1]),
-    ]
+    tuned = copy.deepcopy(model)
+    wanted = predict(tuned, pixels, device, rows=held_out)
 
     def validate(moving: ImageClassifier) -> float:
-        rounded = predict_rounded(moving, plan, pixels, held_out, device)
-        return sqnr_db(held_out_logits, rounded)
+        return sqnr_db(wanted, predict_rounded(moving, plan, pixels, held_out, device))
 
-    tuned = copy.deepcopy(model)
-    digest = hashlib.sha256(repr((sorted(plan.items()), schedule, steps, seed)).encode())
-    digest.update(weights_sha256(model).encode() + logits.tobytes())
+    # No group may be so large that an epoch of it takes more than its part of the steps.
+    passes = -(-steps // schedule.epochs)
+    replay = schedule.batch // SOURCE_SHARE if len(source) else 0
+    share = schedule.batch - replay
+    groups = [
+        _group("source", SOURCE, random.permutation(source)[: passes * replay], replay),
+        _group("field", TARGET, learned[: passes * share], share),
+    ]
+    settings = (sorted(plan.items()), schedule, steps, augment, seed, weights_sha256(model))
+    digest = hashlib.sha256(repr(settings).encode())
+    for array in (field, source, wanted):
+        digest.update(array.tobytes())
     history = fine_tune(
-        QuantizationAware(tuned, plan, learned_logits),
-        [group for group in groups if group.share], pixels=pixels, schedule=schedule,
-        # Nothing is frozen, so nothing is cached; turned images would need answers of their own.
-        train=TrainSettings(augment=(), cache_frozen=False), images_sha256="",
+        QuantizationAware(tuned, plan), [group for group in groups if group.share],
+        pixels=pixels, schedule=schedule,
+        # Nothing is frozen, so nothing is cached.
+        train=TrainSettings(augment=augment, cache_frozen=False), images_sha256="",
         cache=state_path.parent, min_steps=steps, tune=(), seed=seed, key=digest.hexdigest(),
         state_path=state_path, device=device, validate=validate, watch=watch,
     )  # fmt: skip
@@ -152,28 +148,37 @@ def quantize_aware(
 
 
 class QuantizationAware(Objective):
-    """The power of the noise that rounding adds to the logits, over the power of the logits.
+    """The noise that rounding adds to logits and features, each as a share of their power.
 
-    That is SQNR, upside down and not in dB: what the gate asks of a form, for every image rather
-    than for those that stand near a decision. Logits are centred, as they are there.
+    For the logits, centred, that is the gate's SQNR upside down: what is asked of every image,
+    rather than of those that stand near a decision. A few logits teach a network little, though;
+    of logits alone it learns the images by heart. The features before them are many (distillation
+    by hints: Romero et al. 2015, arXiv:1412.6550).
     """
 
-    def __init__(self, model: ImageClassifier, plan: Plan, logits: Float32) -> None:
-        """``logits [N, K]`` are the float network's on the training images."""
+    def __init__(self, model: ImageClassifier, plan: Plan) -> None:
+        """``model`` as it is now is the teacher."""
         super().__init__(model)
         self.plan = plan
-        self.power = float(
-            np.square(logits - logits.mean(axis=1, keepdims=True)).sum(axis=1).mean()
-        )
+        self.teacher = copy.deepcopy(model).requires_grad_(False)
 
     def forward(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        noise = forward_rounded(self.model, self.plan, batch.images) - batch.teacher
-        noise = noise - noise.mean(dim=1, keepdim=True)
-        return noise.square().sum(dim=1).mean() / self.power, {}
+        with torch.no_grad():
+            wanted = self.teacher(batch.images)
+        rounded = forward_rounded(self.model, self.plan, batch.images)
+        logits, features = (_noise(one, other) for one, other in zip(rounded, wanted, strict=True))
+        return logits + features, {"logits": logits.detach(), "features": features.detach()}
 
 
-def forward_rounded(model: ImageClassifier, plan: Plan, images: Tensor) -> Tensor:
-    """Logits ``[N, K]`` of ``images`` with inputs and weights of the plan's layers rounded.
+def _noise(values: Tensor, wanted: Tensor) -> Tensor:
+    """Of ``values [B, D]``, as a share of the power of ``wanted``; rows are centred."""
+    centred = wanted - wanted.mean(dim=1, keepdim=True)
+    noise = values - values.mean(dim=1, keepdim=True) - centred
+    return noise.square().sum() / centred.square().sum().clamp(min=1e-12)
+
+
+def forward_rounded(model: ImageClassifier, plan: Plan, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits ``[N, K]`` and features ``[N, D]`` with inputs and weights of the layers rounded.
 
     Gradients reach the weights as they are. Raises ExportError if ``model`` lacks a layer.
     """
@@ -182,17 +187,20 @@ def forward_rounded(model: ImageClassifier, plan: Plan, images: Tensor) -> Tenso
         for name, layer in _layers(model, plan).items()
     }
     with _inputs_rounded(model, plan):
-        logits: Tensor = functional_call(model, weights, (images,))[0]
-    return logits
+        outputs: tuple[Tensor, Tensor] = functional_call(model, weights, (images,))
+    return outputs
 
 
 def predict_rounded(
     model: ImageClassifier, plan: Plan, pixels: UInt8, rows: Ints, device: Device
 ) -> Float32:
-    """Logits ``[N, K]`` of ``rows`` of ``pixels`` as ``forward_rounded`` gives them."""
+    """Logits ``[N, K]`` of ``rows`` of ``pixels`` as ``forward_rounded`` gives them.
+
+    ``model`` is on ``device``.
+    """
     with torch.inference_mode():
         parts = [
-            forward_rounded(model, plan, to_device(pixels[rows[i : i + BATCH]], device)).cpu()
+            forward_rounded(model, plan, to_device(pixels[rows[i : i + BATCH]], device))[0].cpu()
             for i in range(0, len(rows), BATCH)
         ]
     return torch.cat(parts).numpy()
@@ -239,8 +247,8 @@ def _layers(model: ImageClassifier, plan: Plan) -> dict[str, Layer]:
     return layers
 
 
-def _group(name: str, domain: int, rows: Ints, logits: Float32, share: int) -> Group:
+def _group(name: str, domain: int, rows: Ints, share: int) -> Group:
     return Group(
         name=name, domain=domain, rows=rows, labels=np.full(len(rows), -1, dtype=np.int64),
-        weights=np.ones(len(rows), np.float32), teacher=logits, share=share,
+        weights=np.ones(len(rows), np.float32), teacher=None, share=share,
     )  # fmt: skip
