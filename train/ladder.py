@@ -70,7 +70,7 @@ class Ladder:
         swept = sweep(model, material, "source model")
         self.trials = Trials(material, model, seen, swept, seconds, told)
         self.fitted = head
-        """The head that fine-tuning starts from: rung 1's, else the source's."""
+        """Rung 1's head once there is one, before that the source's."""
 
     # --- order
 
@@ -199,21 +199,29 @@ class Ladder:
         )  # fmt: skip
 
     def _fine_tuning(self) -> None:
-        if self.settings.strategy != "auto" and self.fitted is self.source.head:
-            self.fitted, _ = feature_extraction(self.material, self.source)
         start = time.monotonic()
         tuned, details = self._once(
-            "fine-tuning", lambda: fine_tuning(self.material, self.source, self.fitted)
+            "fine-tuning", lambda: fine_tuning(self.material, self.source, self._fitted_head())
         )
         self._judge_network("fine-tuning", 2, tuned, details, start)
 
     def _adversarial(self) -> None:
         start = time.monotonic()
-        begin = self.trials.kept.model if self.trials.kept.rung else self.source.model
         tuned, details = self._once(
-            "adversarial", lambda: adversarial(self.material, self.source, begin)
+            "adversarial", lambda: adversarial(self.material, self.source, self._fitted_head())
         )
         self._judge_network(f"adversarial ({details.method})", 3, tuned, details, start)
+
+    def _fitted_head(self) -> Head:
+        """Rung 1's, or without field labels the source's; a rung asked for by name makes it first.
+
+        Rungs 2 and 3 both set out from it and the source's backbone: a network that has learned
+        the few field labels by heart has nothing left to gain from another loss.
+        """
+        by_name = self.settings.strategy != "auto" and self.fitted is self.source.head
+        if by_name and not self._unfit("feature-extraction"):
+            self.fitted, _ = feature_extraction(self.material, self.source)
+        return self.fitted
 
     def _judge_network(
         self, name: str, rung: int, tuned: ImageClassifier, details: Details, start: float

@@ -161,12 +161,13 @@ def fine_tuning(material: Material, source: Source, start: Head) -> tuple[ImageC
     return model.eval(), Details(against_forgetting=way, history=history, notes=notes)
 
 
-def adversarial(
-    material: Material, source: Source, start: ImageClassifier
-) -> tuple[ImageClassifier, Details]:
-    """Rung 3: domain-adversarial training of both domains, labelled field images included."""
+def adversarial(material: Material, source: Source, start: Head) -> tuple[ImageClassifier, Details]:
+    """Rung 3: domain-adversarial training of both domains, labelled field images included.
+
+    From the source's backbone and the head ``start``.
+    """
     settings = material.recipe.train.adversarial
-    model = with_head(material.recipe, start, head_of(start))
+    model = with_head(material.recipe, source.model, start)
     objective = make_objective(
         model, settings, keep_answers=material.recipe.train.fine_tuning.keep_answers,
         seed=material.recipe.seed,
