@@ -76,6 +76,8 @@ def mobilenetv2() -> Case:
 
     Raises DataError if images or weights are not installed.
     """
+    path = _weights()  # before what takes seconds to import
+
     import torch
 
     from export.onnx_graph import to_onnx
@@ -89,7 +91,6 @@ def mobilenetv2() -> Case:
     from train.model import build_model
     from train.pixels import load_pixels
 
-    path = _weights()
     settings = ModelSettings(architecture=ARCHITECTURE, weights="random")
     recipe = Recipe(
         name="mobilenetv2", data=DataSettings(source="elpv"), input=SPEC, model=settings

