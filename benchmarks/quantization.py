@@ -99,7 +99,7 @@ def measure(options: Options) -> Report:
     tables, figures = [], dict[str, object]()
     for name, case in networks.items():
         judge = Judge.of(case, limit=QUICK if options.quick else None)
-        scores = forms(case, judge, candidates=2 * QUICK if options.quick else None)
+        scores = forms(case, judge, quick=options.quick)
         tables.append(forms_table(name, case, judge, scores))
         figures[name] = {form: score._asdict() for (_, form), score in scores.items()}
         if name == "efficientnet_lite0":
@@ -149,23 +149,22 @@ def run(graph: "onnx.ModelProto", images: UInt8) -> Floats:
     return np.concatenate(rows)
 
 
-def forms(
-    case: Case, judge: Judge, *, candidates: int | None = None
-) -> dict[tuple[str, str], Score]:
+def forms(case: Case, judge: Judge, *, quick: bool) -> dict[tuple[str, str], Score]:
     """The score of each form, by engine and name; all calibrated on the images ours chooses.
 
-    ``candidates`` limits the training images it chooses from. No test image is seen before a form
-    is judged: tuning holds training images out for its own verdicts.
+    No test image is seen before a form is judged: tuning holds training images out for its own
+    verdicts.
     """
     from calibration import calibrate, onnxruntime_dialect, tensorrt_dialect
     from calibration.executor import run_exactly
     from calibration.images import held_out
     from calibration.tune import learn, tune
 
-    training = case.examples("train")[:candidates]
+    training = case.examples("train")[: 2 * QUICK if quick else None]
+    settings = CalibrationSettings(images=QUICK) if quick else CalibrationSettings()
     with tempfile.TemporaryDirectory() as folder:
         done = calibrate(
-            case.graph, training, case.dataset.classes, case.spec, CalibrationSettings(),
+            case.graph, training, case.dataset.classes, case.spec, settings,
             seed=SEED, folder=Path(folder),
         )  # fmt: skip
     by_digest = {example.sha256: example for example in training}
