@@ -56,7 +56,7 @@ def judge(quality: Quality, reference: Quality, budget: GateSettings) -> Verdict
     broken = [check.reason for check in checks if not check.passed]
     if broken:
         return Verdict(False, "; ".join(broken))
-    found = "; ".join(check.reason for check in checks if check.reason)
+    found = "; ".join(check.reason for check in checks)
     return Verdict(True, "; ".join([f"within budget: {found}", *notes]))
 
 

@@ -169,8 +169,8 @@ def test_few_images_do_not_excuse_what_was_lost_on_them() -> None:
 def test_without_labels_answers_and_signal_decide_and_that_is_said() -> None:
     logits = answers(np.arange(100) % 2)
     quality = measure(logits, logits + 1e-4 * logits[:, ::-1], np.full(100, -1), seed=0)
-    assert quality.accuracy is quality.accuracy_drop_interval is quality.p_value is None
-    assert quality.worst_recall_drop_interval is quality.lost is None
+    assert (quality.accuracy, quality.accuracy_drop_interval, quality.p_value) == (None,) * 3
+    assert (quality.worst_recall_drop_interval, quality.lost, quality.won) == (None,) * 3
     passed, reason = judge(quality, quality, BUDGET)
     assert passed
     assert "agreement 100.00% [97.37%, 100.00%]" in reason

@@ -17,13 +17,13 @@ from calibration import Emitted, count_kernels, read_table, tensorrt_dialect
 from export.__main__ import main as export
 from export.onnx_graph import to_onnx
 from export.parity import BATCH_SIZES, check_checkpoint
-from export.release import Release
+from export.release import Release, read_release
 from runtime.bundle import Bundle
 from runtime.dataset import read_dataset
 from runtime.errors import ExportError
 from runtime.manifest import Quality
 from runtime.preprocess import preprocess_batch
-from runtime.recipe import GateSettings
+from runtime.recipe import GateSettings, load_recipe
 from train.__main__ import main as train
 from train.checkpoint import read_checkpoint
 from train.record import Training
@@ -163,6 +163,19 @@ def test_the_manifest_says_what_was_measured(build: Path, release: Release) -> N
     assert Counter(a.form for a in manifest.artifacts).most_common(1)[0][1] == 1
 
 
+def test_the_bundle_carries_its_record_and_is_judged_again_from_it(
+    quick: Path, build: Path, release: Release, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert read_release(Bundle.open(build / "bundle")) == release
+    assert release.gate == load_recipe(QUICK).gate
+    assert export(["gate", str(build / "quick-0.1.0.zip"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["images"] == "the recorded images"
+    assert [form["form"] for form in report["forms"]] == ["fp32", "fp16", "int8", "int8-cpu"]
+    for form in report["forms"]:
+        assert form["now"]["accuracy"] == form["recorded"]["accuracy"]
+
+
 def test_calibration_saw_training_images_only(build: Path) -> None:
     dataset = read_dataset(build / "train/images.json")
     allowed = {e.path for e in dataset.select("target", "train")}
@@ -212,7 +225,7 @@ def test_a_form_that_cannot_be_made_is_refused_and_the_others_go_on(
 
     monkeypatch.setattr(pipeline, "to_float16", broken)
     monkeypatch.setattr(tensorrt_dialect, "emit", float_only)
-    assert export([str(QUICK)]) == 0
+    assert export([str(QUICK), "--allow-fp16-only"]) == 0
     error = capsys.readouterr().err
     assert "fp16 is not in the bundle: no such kernel" in error
     assert "int8 is not in the bundle: no convolution is left to quantize" in error
@@ -221,14 +234,19 @@ def test_a_form_that_cannot_be_made_is_refused_and_the_others_go_on(
 
 
 def test_a_form_over_budget_is_refused_after_every_rung(
-    quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """And no bundle is written without the form, unless its owner says so."""
     shutil.copytree(quick / "build/quick/train", tmp_path / "build/quick/train")
     monkeypatch.chdir(tmp_path)
     strict = tmp_path / "strict.toml"
     text = QUICK.read_text().replace("min_sqnr_db = 8.0", "min_sqnr_db = 60.0")
     strict.write_text(text.replace("[export]", '[export]\nforms = ["int8-cpu"]'))
-    assert export([str(strict)]) == 0
+    assert export([str(strict)]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "no INT8 for onnxruntime on a CPU: int8-cpu was refused: SQNR" in error
+    assert "--allow-fp16-only" in error
+    assert not (tmp_path / "build/quick/bundle").exists()
     release = msgspec.json.decode(
         (tmp_path / "build/quick/release.json").read_bytes(), type=Release
     )
@@ -236,6 +254,7 @@ def test_a_form_over_budget_is_refused_after_every_rung(
     assert not report.released
     assert "< 60 dB" in report.reason
     assert [len(attempt.kept_float) for attempt in report.attempts] == [0, 1]
+    assert export([str(strict), "--allow-fp16-only"]) == 0
     bundle = Bundle.open(tmp_path / "build/quick/bundle")
     assert [artifact.form for artifact in bundle.manifest.artifacts] == ["fp32"]
     assert not (tmp_path / "build/quick/bundle/int8-cpu.onnx").exists()

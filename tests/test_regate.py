@@ -282,7 +282,7 @@ def test_one_image_judges_nothing(build: Path, tmp_path: Path) -> None:
 
 
 def test_a_bundle_without_its_record_says_to_export_again(build: Path) -> None:
-    repack(build, lambda files: files.pop(RELEASE) and None)
+    repack(build, lambda files: files.__delitem__(RELEASE))
     with pytest.raises(BundleError, match=r"expected release\.json in the bundle.*export again"):
         regate(build / "bundle")
 
