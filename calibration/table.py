@@ -1,7 +1,8 @@
 """The calibration table: the range of every tensor, measured once, read by both dialects.
 
 It does not know how ranges are measured nor what becomes of them. A table belongs to one graph,
-one ordered list of images, one preprocessing and one method; it is used again only if all match.
+one ordered list of images, others held out to test it on, one preprocessing and one method; it is
+used again only if all match.
 """
 
 import hashlib
@@ -18,22 +19,56 @@ from runtime.errors import ExportError
 from runtime.preprocess import InputSpec
 from runtime.recipe import CalibrationSettings
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the meaning of a field changes; older tables are then measured again."""
+
+LARGEST_DB = 200.0
+"""Of a ratio in a table: JSON has no infinity, and float32 does not get this far."""
 
 
 class TensorRange(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What one tensor was seen to hold, and the part of it that INT8 will represent."""
+    """What one tensor was seen to hold, and the part of it that INT8 will represent.
 
+    In the file a share of 0 is left out, so that the tensors that clip stand out.
+    """
+
+    clipped: float = 0.0
+    """Share of the values on calibration images outside ``chosen``, 0 to 1."""
+    held_out_outside: float = 0.0
+    """Share of the values on held-out training images outside ``chosen``, 0 to 1."""
     observed: tuple[float, float]
     """Smallest and largest value over all calibration images."""
     chosen: tuple[float, float]
     """Values outside saturate."""
-    clipped: float = 0.0
-    """Share of the observed values outside ``chosen``, 0 to 1."""
+    method: str = "minmax"
+    """How ``chosen`` was chosen: minmax, percentile, entropy or mse."""
+    reason: str = ""
+    """Why by this method."""
     channel_means: tuple[float, ...]
-    """Mean of each channel, for the inputs of convolutions: biases are corrected with them.
-    Empty for other tensors."""
+    """Mean of each channel, for the inputs of layers: biases are corrected with them. Empty for
+    other tensors."""
+
+
+class Fidelity(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How near the logits of a quantized graph are to those of the float graph."""
+
+    sqnr_db: float
+    """Signal-to-quantization-noise ratio, in decibels, within ±LARGEST_DB."""
+    agreement: float
+    """Share of the images with the same answer, 0 to 1."""
+
+
+class MethodScore(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How good the ranges of one method are, on held-out training images."""
+
+    method: str
+    tensorrt: Fidelity
+    onnxruntime: Fidelity
+
+    @property
+    def sqnr_db(self) -> float:
+        """Mean over both dialects."""
+        return (self.tensorrt.sqnr_db + self.onnxruntime.sqnr_db) / 2
 
 
 class TableKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -45,6 +80,8 @@ class TableKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     preprocessing: str
     method: str
     """The method and its parameters, as text."""
+    held_out: str = ""
+    """Of the held-out images' digests in their order."""
     format: int = FORMAT
 
 
@@ -54,6 +91,12 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     key: TableKey
     images: int
     """How many images were seen."""
+    held_out: int = 0
+    """How many other training images the ranges were tested on."""
+    reason: str = ""
+    """Why unbounded tensors have the method that they have."""
+    scores: tuple[MethodScore, ...] = ()
+    """Of the methods that were compared; empty if there was nothing to decide."""
     tensors: dict[str, TensorRange]
 
     def check_graph(self, model: onnx.ModelProto) -> None:
@@ -93,17 +136,30 @@ def table_key(
     digests: Iterable[str],
     spec: InputSpec,
     settings: CalibrationSettings,
+    *,
+    held_out: Iterable[str] = (),
 ) -> TableKey:
-    """The key of the table that these inputs would give."""
+    """The key of the table that these inputs would give.
+
+    ``digests`` are those of the calibration images, ``held_out`` those of the images that the
+    ranges are tested on.
+    """
     method: str = settings.method
     if settings.method == "percentile":
         method += f" {settings.percentile!r}"
+    elif settings.method == "auto":
+        method += f" with percentile {settings.percentile!r}"
     return TableKey(
         graph=graph_sha256(graph),
-        images=hashlib.sha256("\n".join(digests).encode()).hexdigest(),
+        images=_sha256_of_all(digests),
         preprocessing=hashlib.sha256(msgspec.json.encode(spec)).hexdigest(),
         method=method,
+        held_out=_sha256_of_all(held_out),
     )
+
+
+def _sha256_of_all(digests: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def graph_sha256(model: onnx.ModelProto) -> str:
@@ -131,10 +187,22 @@ def differences(expected: TableKey, found: TableKey) -> tuple[str, ...]:
 
 def write_table(path: Path, table: Table) -> None:
     """Write ``table`` as JSON with one tensor a line, atomically."""
-    rows = [f"  {_json(name)}: {_json(tensor)}" for name, tensor in table.tensors.items()]
-    head = [f' "{name}": {_json(getattr(table, name))},' for name in ("key", "images")]
-    lines = ["{", *head, ' "tensors": {', ",\n".join(rows), " }", "}", ""]
+    head = [
+        f' "{name}": {_json(getattr(table, name))},'
+        for name in ("key", "images", "held_out", "reason")
+    ]
+    scores = ",\n".join(f"  {_json(score)}" for score in table.scores)
+    rows = ",\n".join(f"  {_json(name)}: {_row(tensor)}" for name, tensor in table.tensors.items())
+    lines = ["{", *head, ' "scores": [', scores, " ],", ' "tensors": {', rows, " }", "}", ""]
     atomic.write_text(path, "\n".join(lines))
+
+
+def _row(tensor: TensorRange) -> str:
+    fields = msgspec.to_builtins(tensor)
+    for share in ("clipped", "held_out_outside"):
+        if fields[share] == 0.0:
+            del fields[share]
+    return _json(fields)
 
 
 def _json(value: object) -> str:

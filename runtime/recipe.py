@@ -249,10 +249,15 @@ class CalibrationSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
 
     images: Annotated[int, msgspec.Meta(ge=8, le=4096)] = 128
     """Images of the target's training split; 64 or more are advised."""
-    method: Literal["minmax", "percentile"] = "minmax"
-    """How a range is chosen from what was observed."""
+    method: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "auto"
+    """How a range is chosen from what was observed. ``auto`` takes ``minmax`` where an activation
+    bounds a tensor, and elsewhere the method whose logits are nearest to the float graph's on
+    training images that were held out; ``minmax`` unless another is clearly better. ``percentile``
+    leaves out the largest values, ``entropy`` keeps most of the distribution's information,
+    ``mse`` has the least squared error."""
     percentile: Annotated[float, msgspec.Meta(ge=99, le=100)] = 99.99
-    """Share of the activations inside the range, in percent, for ``percentile``."""
+    """Share of the activations inside the range, in percent, for ``percentile``, also where
+    ``auto`` tries it."""
 
 
 class ExportSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import onnx
 import onnxruntime
@@ -13,8 +14,11 @@ from hypothesis.extra import numpy as hnp
 from onnx import numpy_helper
 
 from calibration.graph import Graph
-from calibration.ranges import BINS, Histogram, Observer, measure, percentile
+from calibration.observer import BINS, Histogram
+from calibration.ranges import measure, shares_outside
 from calibration.table import (
+    Fidelity,
+    MethodScore,
     Table,
     TensorRange,
     differences,
@@ -27,7 +31,7 @@ from runtime.preprocess import InputSpec, UInt8
 from runtime.recipe import CalibrationSettings
 from tests.calibration_graphs import draw_images, make_table, small_cnn
 
-MINMAX = CalibrationSettings()
+MINMAX = CalibrationSettings(method="minmax")
 
 
 def activations(model: onnx.ModelProto, images: UInt8) -> dict[str, np.ndarray]:
@@ -95,10 +99,33 @@ def test_a_histogram_that_grew_equals_one_that_had_the_room(values: np.ndarray) 
     np.testing.assert_array_equal(grown.counts, expected)
 
 
-def test_percentile_of_100_is_the_observed_range() -> None:
-    observer = Observer("x", histogram=True, channels=None)
-    observer.add(np.array([-3.0, 0.1, 7.5], np.float32))
-    assert percentile(observer, 100.0).chosen == (-3.0, 7.5)
+def test_shares_outside_are_those_of_all_activations_at_once() -> None:
+    model, images = small_cnn(), draw_images(12, seed=3)
+    ranges = {
+        name: (float(values.min()) * 0.9, float(np.quantile(values, 0.9)))
+        for name, values in activations(model, draw_images(12)).items()
+    }
+    measured = shares_outside(Graph(model), ranges, [images[:5], images[5:]])
+    for name, values in activations(model, images).items():
+        low, high = min(ranges[name][0], 0.0), max(ranges[name][1], 0.0)
+        expected = float(np.mean((values < low) | (values > high)))
+        assert measured[name] == pytest.approx(expected, abs=2.5 / values.size), name
+    assert sum(share > 0 for share in measured.values()) > len(measured) / 2
+
+
+@pytest.mark.parametrize(
+    ("images", "got"),
+    [
+        (np.random.default_rng(0).normal(size=(2, 16, 16, 1)).astype(np.float32), "float32"),
+        (draw_images(2)[:, :8, :8], r"uint8 \[2, 8, 8, 1\]"),
+        (draw_images(2, channels=3), r"uint8 \[2, 16, 16, 3\]"),
+        (draw_images(2)[0], r"uint8 \[16, 16, 1\]"),
+    ],
+)
+def test_what_is_no_batch_of_the_graphs_images_is_refused(images: np.ndarray, got: str) -> None:
+    expected = rf"expected calibration images uint8 \[N, 16, 16, 1\], got {got}.*preprocess"
+    with pytest.raises(DataError, match=expected):
+        measure(small_cnn(), [images], MINMAX)
 
 
 @pytest.mark.parametrize(("bad", "word"), [(np.nan, "NaN"), (np.inf, "infinity")])
@@ -131,12 +158,22 @@ def test_no_images_are_an_error() -> None:
 
 
 def test_a_table_survives_its_file(tmp_path: Path) -> None:
-    table = make_table(small_cnn(), draw_images(8))
+    settings = CalibrationSettings(method="percentile", percentile=99.5)
+    table = make_table(small_cnn(), draw_images(8), settings)
+    fidelity = Fidelity(sqnr_db=20.0, agreement=0.9)
+    scores = tuple(
+        MethodScore(method=name, tensorrt=fidelity, onnxruntime=fidelity) for name in ("a", "b")
+    )
+    table = msgspec.structs.replace(table, scores=scores, reason="a is best", held_out=3)
     path = tmp_path / "table.json"
     write_table(path, table)
     assert read_table(path) == table
     tensor_lines = [line for line in path.read_text().splitlines() if '"observed"' in line]
     assert len(tensor_lines) == len(table.tensors), "one line a tensor, for people and for diff"
+    assert [line.count('"agreement"') for line in path.read_text().splitlines()].count(2) == 2
+    marked = [line for line in tensor_lines if '"clipped"' in line]
+    clipping = [tensor for tensor in table.tensors.values() if tensor.clipped > 0]
+    assert 0 < len(marked) == len(clipping) <= len(table.tensors) - 2, "those that clip stand out"
 
 
 def test_a_key_changes_with_each_of_its_parts_and_with_nothing_else() -> None:
@@ -151,7 +188,14 @@ def test_a_key_changes_with_each_of_its_parts_and_with_nothing_else() -> None:
     looser = CalibrationSettings(method="percentile", percentile=99.9)
     one, two = (table_key(model, ["a"], spec, s) for s in (percent, looser))
     assert differences(one, two) == ("method",)
-    unused = CalibrationSettings(percentile=99.5, images=9)
+    assert differences(key, table_key(model, ["a", "b"], spec, MINMAX, held_out=["c"])) == (
+        "held_out",
+    )
+    auto, looser_auto = (CalibrationSettings(percentile=percent) for percent in (99.99, 99.9))
+    assert differences(
+        table_key(model, ["a"], spec, auto), table_key(model, ["a"], spec, looser_auto)
+    ) == ("method",)
+    unused = CalibrationSettings(method="minmax", percentile=99.5, images=9)
     noted = small_cnn()
     noted.graph.node[4].doc_string = noted.producer_version = "written elsewhere"
     assert differences(key, table_key(noted, ["a", "b"], spec, unused)) == ()
