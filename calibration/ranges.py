@@ -100,7 +100,7 @@ def _run(
 ) -> Iterator[tuple[int, list[npt.NDArray[np.float32]]]]:
     """The number of images in each batch, and the values of ``tensors`` on it."""
     image = graph.preprocessing().image
-    shape = (graph.shape(image) or ())[1:]
+    shape = (graph.shape(image) or (None,) * 4)[1:]
     session = _session(graph.model, tensors)
     for batch in batches:
         _refuse(batch, shape)
