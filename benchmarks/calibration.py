@@ -198,7 +198,8 @@ def report(
             f"{OURS} takes **{times}** of the CPU time of {PEER}, {len(ours)} rounds in turn: the "
             f"bar of {TIME_BAR:g} {_verdict(times.median <= TIME_BAR)}. Ours needs up to "
             f"{peak:.0f} MB: the bar of {MEMORY_BAR:.0f} MB {_verdict(peak <= MEMORY_BAR)}.",
-            "Files are read and decoded in that time, on both sides. The peer's histogram methods "
+            "Files are read and decoded in that time, on both sides. Ours runs a few images "
+            "together, the peer one at a time as in its manual. The peer's histogram methods "
             "keep all activations of all images in memory, so that they get fewer images.",
         ),
     )  # fmt: skip
