@@ -198,10 +198,12 @@ def _behind(graph: Graph, plan: _Plan, tensor: str) -> str:
 def _useful(graph: Graph, plan: _Plan, float_nodes: Collection[str]) -> tuple[set[str], set[str]]:
     """Operators whose 8-bit result would reach a quantized layer through 8-bit operators.
 
-    And the tensors that those and the layers read. Other operators, such as the last average
-    pooling, lose nothing by computing in float.
+    And the tensors that those and the layers read. A residual Add of a quantized convolution is
+    always one: in float both its inputs would have to be dequantized. Other operators, such as the
+    last average pooling, lose nothing by computing in float.
     """
     wanted = {layer.input for layer in plan.layers.values()}
+    made = {layer.output for layer in plan.layers.values() if isinstance(layer, Conv)}
     useful: set[str] = set()
     for node in reversed(graph.nodes.values()):
         outputs = graph.data_outputs(node)
@@ -210,7 +212,10 @@ def _useful(graph: Graph, plan: _Plan, float_nodes: Collection[str]) -> tuple[se
             and node.name not in float_nodes
             and _has_kernel(graph, node)
             and not graph.outputs.intersection(outputs)
-            and wanted.intersection([*outputs, *map(graph.behind, outputs)])
+            and (
+                wanted.intersection([*outputs, *map(graph.behind, outputs)])
+                or (node.op_type == "Add" and made.intersection(node.input))
+            )
         ):
             useful.add(node.name)
             wanted.update(graph.data_inputs(node))

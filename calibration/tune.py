@@ -6,6 +6,7 @@ from, and what does not help there is reverted.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
@@ -106,7 +107,8 @@ def tune(
 
     First as it is, then with sequential bias correction, then with chosen weights and biases that
     are corrected for them. What is tried next replaces what was best so far if the SQNR of the
-    held-out logits rises and no more than one image more changes its class: one may by chance.
+    held-out logits rises and the images that change their class do not become more by more than
+    the square root of their number, which is what chance does to such a count.
     """
     report = progress or _silent
     reference = run_exactly(graph, held_out)
@@ -147,8 +149,8 @@ def _judge(name: str, before: Score, after: Score) -> tuple[bool, str]:
     """Whether what was tried is kept, and the sentence why."""
     if not after.sqnr_db > before.sqnr_db:
         return False, f"{name}: reverted, {after} is not better than {before}"
-    if after.flips > before.flips + 1:
-        more = after.flips - before.flips
+    more = after.flips - before.flips
+    if more > max(1.0, math.sqrt(before.flips)):
         return False, f"{name}: reverted, {more} more images change class ({after}, was {before})"
     return True, f"{name}: kept, {after} (was {before})"
 

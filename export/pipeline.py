@@ -15,26 +15,24 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnxruntime
 import torch
 
-from calibration import calibrate, check_kernels, onnxruntime_dialect, tensorrt_dialect
-from calibration.quantize import Emitted
-from calibration.table import Table
+from calibration import Emitted, calibrate, check_kernels
 from export.engines import prove_engine
 from export.float16 import (
     activation_overflows,
     activation_ranges,
-    first_not_finite,
     overflows,
     to_float16,
 )
-from export.gate import judge, without_int8
+from export.gate import without_int8
 from export.golden import choose_golden
-from export.onnx_graph import stem_of, to_onnx
+from export.held_out import HeldOut, answers, ask_checkpoint, examine
+from export.onnx_graph import to_onnx
 from export.parity import check_batches, check_checkpoint, measure, run
+from export.precision_ladder import Material, PrecisionLadder, Rung, material_of
 from export.release import (
     RELEASE,
     Attempt,
@@ -43,6 +41,7 @@ from export.release import (
     encode_release,
     judged_sha256,
 )
+from export.teach import teach
 from export.write_bundle import GOLDEN, adaptation_of, encode_golden, make_manifest, write_bundle
 from runtime import atomic
 from runtime.benchmark import interleave
@@ -55,10 +54,6 @@ from runtime.recipe import Recipe
 from runtime.version import __version__
 from train import console
 from train.checkpoint import CheckpointFacts, read_checkpoint
-from train.device import reference_device
-from train.features import predict
-from train.pipeline import CACHE
-from train.pixels import load_pixels
 from train.record import finished, training_key
 
 SAMPLES = 6
@@ -93,14 +88,12 @@ class _Job:
         self.held_out = self.dataset.select(self.dataset.field, "test")
         if len(self.held_out) < 2:
             raise DataError("the field's test split has fewer than 2 images to judge by")
-        self.labels = np.array([self.dataset.label_index(e) for e in self.held_out], dtype=np.int64)
-        self.images = load_pixels(self.held_out, recipe.input, CACHE)
-        device = reference_device("the reference")
-        self.logits = predict(
-            self.model, self.images, device, lambda i, n: console.track(i, "checkpoint", n)
-        )
-        self.reference = measure(self.logits, self.logits, self.labels, seed=recipe.seed)
-        self.table: Table | None = None
+        self.test = ask_checkpoint(self.model, self.dataset, "test", recipe)
+        self.validation: HeldOut | None = None
+        """Chooses between rungs; without one the test images do it all."""
+        if self.dataset.select(self.dataset.field, "validation"):
+            self.validation = ask_checkpoint(self.model, self.dataset, "validation", recipe)
+        self.ladder: PrecisionLadder | None = None
         self.files: dict[str, bytes] = {}
         self.reports: list[FormReport] = []
 
@@ -117,7 +110,7 @@ class _Job:
             version=recipe.export.version,
             field=self.dataset.field,
             adaptation=adaptation_of(self.facts),
-            reference=self.reference,
+            reference=self.test.reference,
             parity_db=parity,
             forms=tuple(self.reports),
             checkpoint_sha256=hashlib.sha256(self.path.read_bytes()).hexdigest(),
@@ -145,13 +138,13 @@ class _Job:
     def _fp32(self, graph: onnx.ModelProto) -> float:
         data = graph.SerializeToString()
         with OnnxRuntimeEngine(data, form="fp32") as engine:
-            logits = self._logits(engine)
-            parity = check_checkpoint(self.logits, logits)
-            check_batches(engine, np.asarray(self.images[:33]))
-        quality = measure(self.logits, logits, self.labels, seed=self.recipe.seed)
+            logits = answers(engine, self.test)
+            parity = check_checkpoint(self.test.logits, logits)
+            check_batches(engine, np.asarray(self.test.images[:33]))
+        quality = measure(self.test.logits, logits, self.test.labels, seed=self.recipe.seed)
         self.files["fp32.onnx"] = data
         reason = f"is the checkpoint ({parity:.0f} dB), batches 1, 2, 5 and 33 agree"
-        attempt = Attempt(form="fp32", kept_float=(), quality=quality, passed=True, reason=reason)
+        attempt = Attempt(form="fp32", quality=quality, passed=True, reason=reason)
         self.reports.append(
             FormReport(
                 form="fp32", released=True, reason=reason, bytes=len(data), attempts=(attempt,)
@@ -167,125 +160,94 @@ class _Job:
             console.say(f"{form}: refused: {error}")
             return FormReport(form=form, released=False, reason=str(error), bytes=0, attempts=())
 
-    def _calibrate(self, graph: onnx.ModelProto) -> Table:
-        """The table that both INT8 forms are written from, measured at the first of them."""
-        if self.table is not None:
-            return self.table
+    def _ladder(self, graph: onnx.ModelProto) -> PrecisionLadder:
+        """What all INT8 forms climb; the table that they are written from is measured once."""
+        if self.ladder is None:
+            self.ladder = PrecisionLadder(self._calibrate(graph, "calibration"), self._teach)
+        return self.ladder
+
+    def _calibrate(self, graph: onnx.ModelProto, name: str) -> Material:
         recipe = self.recipe
         candidates = self.dataset.select(self.dataset.field, "train")
-        folder = recipe.build / "calibration"
-        atomic.write_bytes(folder / "fp32.onnx", self.files["fp32.onnx"])
+        folder = recipe.build / name
+        atomic.write_bytes(folder / "fp32.onnx", graph.SerializeToString())
         done = calibrate(
-            graph,
-            candidates,
-            self.dataset.classes,
-            recipe.input,
-            recipe.calibration,
-            seed=recipe.seed,
-            folder=folder,
-            track=lambda items: console.track(items, "calibration"),
-        )
+            graph, candidates, self.dataset.classes, recipe.input, recipe.calibration,
+            seed=recipe.seed, folder=folder, track=lambda items: console.track(items, name),
+        )  # fmt: skip
         console.say(
-            f"calibration: {done.table.images} of {len(candidates)} {self.dataset.field} training "
+            f"{name}: {done.table.images} of {len(candidates)} {self.dataset.field} training "
             f"images; {'table used again' if done.reused else 'table measured'}: {done.reason}"
         )
-        self.table = done.table
-        return done.table
+        return material_of(graph, done, recipe.input)
+
+    def _teach(self, emitted: Emitted) -> Material | None:
+        """The last rung before FP16: a network that was taught to be rounded, calibrated anew."""
+        taught = teach(self.model, emitted, self.dataset, self.recipe)
+        if taught is None:
+            return None
+        with console.console.status("exporting the taught network to ONNX"):
+            graph = to_onnx(taught, self.facts)
+        return self._calibrate(graph, "calibration-taught")
 
     def _fp16(self, graph: onnx.ModelProto) -> FormReport:
-        self._refuse_overflow(graph)
-        model = to_float16(graph)
-        convolutions = [node.name for node in graph.graph.node if node.op_type == "Conv"]
-        return self._judge("fp16", model, convolutions, ())
-
-    def _refuse_overflow(self, graph: onnx.ModelProto) -> None:
-        """Raise ExportError if half cannot hold what the float graph holds: a CPU hides it."""
-        ranges = activation_ranges(graph, np.asarray(self.images[:RANGED]))
-        if too_large := overflows(graph) + activation_overflows(ranges):
-            raise ExportError(f"{len(too_large)} tensors overflow float16, first: {too_large[0]}")
+        ranges = activation_ranges(graph, np.asarray(self.test.images[:RANGED]))
+        if too_large := [*overflows(graph), *activation_overflows(ranges)]:
+            reason = f"{len(too_large)} tensors overflow float16, first: {too_large[0]}"
+            return FormReport(form="fp16", released=False, reason=reason, bytes=0, attempts=())
+        layers = [node.name for node in graph.graph.node if node.op_type == "Conv"]
+        return self._judge("fp16", to_float16(graph), layers)
 
     def _int8(self, form: str, graph: onnx.ModelProto) -> FormReport:
-        """Climb: everything in INT8 first, then the convolution that sees the image left float."""
-        table = self._calibrate(graph)
-        dialect = onnxruntime_dialect if form == "int8-cpu" else tensorrt_dialect
-        if form == "int8-fp16":
-            self._refuse_overflow(graph)
+        """Climb until a rung is proven; validation images choose it, test images prove it."""
         attempts: list[Attempt] = []
-        stem = stem_of(graph)
-        for kept_float in ((), (stem,)) if stem else ((),):
-            emitted = dialect.emit(graph, table, float_nodes=kept_float)
-            if not emitted.quantized:
-                raise ExportError(
-                    "no convolution is left to quantize; transformers gain from fp16, not from INT8"
-                )
-            model = to_float16(emitted.model) if form == "int8-fp16" else emitted.model
-            report = self._judge(form, model, emitted.quantized, kept_float, emitted)
+        for rung in self._ladder(graph).rungs(form):
+            model = to_float16(rung.emitted.model) if form == "int8-fp16" else rung.emitted.model
+            report = self._judge(form, model, rung.emitted.quantized, rung)
             attempts += report.attempts
             if report.released:
                 break
         return msgspec.structs.replace(report, attempts=tuple(attempts))
 
     def _judge(
-        self,
-        form: str,
-        model: onnx.ModelProto,
-        intended: Sequence[str],
-        kept_float: tuple[str, ...],
-        emitted: Emitted | None = None,
+        self, form: str, model: onnx.ModelProto, intended: Sequence[str], rung: Rung | None = None
     ) -> FormReport:
         data = model.SerializeToString()
         with OnnxRuntimeEngine(data, form=form) as engine:
-            logits = self._logits(engine)
-        quality = measure(self.logits, logits, self.labels, seed=self.recipe.seed)
-        if np.isfinite(logits).all():
-            passed, reason = judge(quality, self.reference, self.recipe.gate)
-        else:
-            found = first_not_finite(model, np.asarray(self.images[:RANGED]))
-            passed, reason = False, f"logits are not finite: {found or 'overflow'}"
+            chosen = None
+            if rung is not None and self.validation is not None:
+                chosen, logits = examine(engine, model, self.validation, self.recipe)
+            if chosen is None or chosen.passed:
+                judged, logits = examine(engine, model, self.test, self.recipe)
+            else:
+                judged = chosen
         kernels: dict[str, int] = {}
         proof = None
-        if passed and form == "int8-cpu" and emitted is not None:
-            kernels = dict(check_kernels(emitted))
-        elif passed:
+        if judged.passed and form == "int8-cpu" and rung is not None:
+            kernels = dict(check_kernels(rung.emitted))
+        elif judged.passed:
             with console.fraction(f"{form}: TensorRT engine") as progress:
                 proof = prove_engine(
-                    data,
-                    form,
-                    intended,
-                    self.images,
-                    logits,
-                    min_agreement=self.recipe.gate.min_agreement,
-                    progress=progress,
-                )
+                    data, form, intended, self.test.images, logits,
+                    min_agreement=self.recipe.gate.min_agreement, progress=progress,
+                )  # fmt: skip
             if not proof.passed:
-                passed, reason = False, proof.reason
+                judged = judged._replace(passed=False, reason=proof.reason)
         attempt = Attempt(
-            form=form, kept_float=kept_float, quality=quality, passed=passed, reason=reason
-        )
+            form=form, rung=rung.name if rung else "", split=judged.split,
+            kept_float=dict(rung.kept_float) if rung else {}, made=rung.reason if rung else "",
+            quality=judged.quality, passed=judged.passed, reason=judged.reason,
+        )  # fmt: skip
         console.say(
-            f"{form}{' with ' + ', '.join(kept_float) + ' float' if kept_float else ''}: "
-            f"{'passed' if passed else 'refused'}: {reason}"
+            f"{form}{f', {rung.name}' if rung else ''}: "
+            f"{'passed' if judged.passed else 'refused'} on {judged.split} images: {judged.reason}"
         )
-        if passed:
+        if judged.passed:
             self.files[f"{form}.onnx"] = data
         return FormReport(
-            form=form,
-            released=passed,
-            reason=reason,
-            bytes=len(data),
-            attempts=(attempt,),
-            engine=proof,
-            kernels=kernels,
-        )
-
-    def _logits(self, engine: OnnxRuntimeEngine) -> npt.NDArray[np.float32]:
-        starts = range(0, len(self.images), 16)
-        label = f"{engine.form}: held-out images"
-        rows = [
-            run(engine, np.asarray(self.images[start : start + 16]))
-            for start in console.track(starts, label)
-        ]
-        return np.concatenate(rows)
+            form=form, released=judged.passed, reason=judged.reason, bytes=len(data),
+            attempts=(attempt,), engine=proof, kernels=kernels,
+        )  # fmt: skip
 
     def _time_forms(self) -> None:
         """Speed on a CPU is known here; what TensorRT makes of its forms only the device knows."""
@@ -294,7 +256,7 @@ class _Job:
             OnnxRuntimeEngine(self.files[f"{form}.onnx"], form=form, threads=1) for form in forms
         ]
         with console.console.status("timing fp32 against int8-cpu"):
-            timings = interleave(engines, np.asarray(self.images[:1]), seconds=4.0)
+            timings = interleave(engines, np.asarray(self.test.images[:1]), seconds=4.0)
         speeds = {timing.form: timing.relative_speed for timing in timings}
         self.reports = [
             msgspec.structs.replace(report, relative_speed=speeds.get(report.form))
@@ -304,8 +266,8 @@ class _Job:
     def _write(self, release: Release) -> None:
         recipe = self.recipe
         released = [report for report in self.reports if report.released]
-        rows = choose_golden(self.logits, recipe.export.golden)
-        images = np.asarray(self.images)[rows]
+        rows = choose_golden(self.test.logits, recipe.export.golden)
+        images = np.asarray(self.test.images)[rows]
         golden = {}
         for report in released:
             with OnnxRuntimeEngine(self.files[f"{report.form}.onnx"], form=report.form) as engine:

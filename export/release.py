@@ -10,6 +10,7 @@ import msgspec
 
 from export.engines import EngineProof
 from runtime.bundle import Bundle
+from runtime.dataset import Split
 from runtime.errors import BundleError
 from runtime.manifest import Adaptation, Quality
 from runtime.recipe import GateSettings
@@ -22,9 +23,16 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True):
     """One rung of a form's precision ladder."""
 
     form: str
-    kept_float: tuple[str, ...]
-    """Convolutions that were left float on purpose."""
+    rung: str = ""
+    kept_float: dict[str, str] = {}
+    """Layers that were left float on purpose, each with the reason."""
+    made: str = ""
+    """What was tried for its accuracy, and kept or reverted."""
+    split: Split = "test"
+    """The images that it was judged on last: an attempt that fails on validation images, which
+    choose the rung, is not shown the test images, which prove it."""
     quality: Quality
+    """On those."""
     passed: bool
     reason: str
 

@@ -233,6 +233,19 @@ def test_attention_models_stay_float_with_the_reason(emit: Emit) -> None:
     np.testing.assert_allclose(run(emitted.model, images), run(model, images), atol=1e-4)
 
 
+def test_the_last_residual_add_is_an_integer_kernel_too() -> None:
+    network = Network()
+    network.conv(16)
+    network.activate("Relu")
+    network.residual()
+    network.activate("Relu")
+    model = network.finish()
+    emitted = onnxruntime_dialect.emit(model, prepare(model)[0])
+    counts = check_kernels(emitted)
+    assert counts["QLinearAdd"] == counts["DequantizeLinear"] == 1
+    assert not {"Add", "Relu"} & set(counts)
+
+
 def test_a_conv_that_is_not_fused_is_named() -> None:
     model = small_cnn()
     emitted = onnxruntime_dialect.emit(model, prepare(model)[0])

@@ -89,7 +89,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
         quality = measure(logits["fp32"], logits[form], labels, seed=3)
         passed, reason = judge(quality, reference, BUDGET)
         assert passed
-        attempt = Attempt(form=form, kept_float=(), quality=quality, passed=True, reason=reason)
+        attempt = Attempt(form=form, quality=quality, passed=True, reason=reason)
         size = len(model.SerializeToString())
         reports.append(
             FormReport(form=form, released=True, reason=reason, bytes=size, attempts=(attempt,))
