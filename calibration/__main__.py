@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from calibration.pipeline import Calibration
-    from runtime.dataset import Example
     from runtime.preprocess import UInt8
     from runtime.recipe import Recipe
 
@@ -37,9 +36,6 @@ SHOWN = 5
 
 SHOWN_LAYERS = 10
 """Layers that are printed of a sensitivity scan."""
-
-JUDGES = 64
-"""Images that were not chosen and judge layers and methods."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,9 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "recipe).\n\n"
         "Examples:\n"
         "  python -m calibration train/recipes/solar.toml\n"
-        "  python -m calibration train/recipes/solar.toml --sensitivity",
+        "  python -m calibration train/recipes/solar.toml --compare --sensitivity",
     )
     parser.add_argument("recipe", type=Path, help="the TOML file that was exported")
+    parser.add_argument(
+        "--compare",
+        action="store_true",
+        help="compare the methods that choose ranges, for both INT8 forms, on held-out images",
+    )
     parser.add_argument(
         "--sensitivity",
         action="store_true",
@@ -77,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _show(arguments: argparse.Namespace) -> int:
     done = run(arguments.recipe)
     summary = summarize(done)
+    if arguments.compare:
+        summary["methods"] = methods(done)
     if arguments.sensitivity:
         summary["sensitivity"] = sensitivity(done)
     if arguments.json:  # msgspec writes null where a ratio is infinite; JSON has no word for it
@@ -94,20 +97,18 @@ class Done:
     recipe: "Recipe"
     folder: Path
     graph: "onnx.ModelProto"
-    examples: "tuple[Example, ...]"
     calibration: "Calibration"
 
     def judges(self) -> "UInt8":
         """Images ``[N, H, W, C]`` that were not chosen, or the chosen ones if all were."""
         import numpy as np
 
-        from calibration.images import held_out
         from runtime.preprocess import preprocess
 
-        spec, choice = self.recipe.input, self.calibration.choice
-        held = held_out(self.examples, choice, count=JUDGES, spec=spec, seed=self.recipe.seed)
-        paths = [example.path for example in held or choice.chosen[:JUDGES]]
-        return np.stack([preprocess(path, spec) for path in paths])
+        paths = [
+            image.path for image in self.calibration.held_out or self.calibration.choice.chosen
+        ]
+        return np.stack([preprocess(path, self.recipe.input) for path in paths])
 
 
 def run(recipe_path: Path) -> Done:
@@ -125,10 +126,9 @@ def run(recipe_path: Path) -> Done:
     dataset = read_dataset(recipe.build / "train" / "images.json")
     folder = recipe.build / "calibration"
     graph = _load_graph(folder / "fp32.onnx", recipe_path)
-    examples = dataset.select(dataset.field, "train")
     calibration = calibrate(
         graph,
-        examples,
+        dataset.select(dataset.field, "train"),
         dataset.classes,
         recipe.input,
         recipe.calibration,
@@ -144,8 +144,9 @@ def run(recipe_path: Path) -> Done:
         classes=dataset.classes,
         track=lambda items: _track(items, "gallery"),
     )
-    write_ranges(folder / PLOT_FILE, calibration.table, {})
-    return Done(recipe_path, recipe, folder, graph, examples, calibration)
+    outside = {name: t.held_out_outside for name, t in calibration.table.tensors.items()}
+    write_ranges(folder / PLOT_FILE, calibration.table, outside)
+    return Done(recipe_path, recipe, folder, graph, calibration)
 
 
 def _load_graph(path: Path, recipe_path: Path) -> "onnx.ModelProto":
@@ -162,6 +163,25 @@ def _load_graph(path: Path, recipe_path: Path) -> "onnx.ModelProto":
         raise ExportError(
             f"{path}: not an ONNX model; delete it and run `python -m export {recipe_path}`"
         ) from error
+
+
+def methods(done: Done) -> list[dict[str, Any]]:
+    """What each method's ranges are worth to both forms, the table's own last."""
+    from calibration.pipeline import compare_methods
+
+    recipe = done.recipe
+    scores = compare_methods(
+        done.graph, done.calibration, recipe.input, recipe.calibration,
+        track=lambda items: _track(items, "comparing methods"),
+    )  # fmt: skip
+    return [
+        {
+            "method": score.method,
+            "int8": msgspec.to_builtins(score.tensorrt),
+            "int8-cpu": msgspec.to_builtins(score.onnxruntime),
+        }
+        for score in scores
+    ]
 
 
 def sensitivity(done: Done) -> dict[str, list[dict[str, Any]]]:
@@ -185,12 +205,14 @@ def summarize(done: Done) -> dict[str, Any]:
     calibration = done.calibration
     table, choice = calibration.table, calibration.choice
     clipped = sorted(table.tensors.items(), key=lambda item: -item[1].clipped)
+    outside = sorted(table.tensors.items(), key=lambda item: -item[1].held_out_outside)
     return {
         "folder": str(done.folder),
         "files": [IMAGES_FILE, TABLE_FILE, GALLERY_FILE, PLOT_FILE],
         "reused": calibration.reused,
         "reason": calibration.reason,
         "method": table.key.method,
+        "method_reason": table.reason,
         "images": len(choice.chosen),
         "candidates": choice.candidates,
         "per_class": dict(calibration.per_class),
@@ -205,6 +227,12 @@ def summarize(done: Done) -> dict[str, Any]:
             }
             for name, tensor in clipped[:SHOWN]
             if tensor.clipped > 0.0
+        ],
+        "held_out": table.held_out,
+        "most_outside": [
+            {"tensor": name, "outside": tensor.held_out_outside, "clipped": tensor.clipped}
+            for name, tensor in outside[:SHOWN]
+            if tensor.held_out_outside > 0.0
         ],
         "next": _next_step(done),
     }
@@ -236,7 +264,10 @@ def describe(summary: dict[str, Any]) -> str:
         + ("table used again: " if summary["reused"] else "table measured: ")
         + summary["reason"]
     )
+    lines += [f"  {summary['method_reason']}"] if summary["method_reason"] else []
     lines += _clipped_lines(summary["most_clipped"])
+    lines += _outside_lines(summary["held_out"], summary["most_outside"])
+    lines += _method_lines(summary.get("methods", []))
     for form, layers in summary.get("sensitivity", {}).items():
         lines += _sensitivity_lines(form, layers)
     lines.append(f"written to {summary['folder']}: {', '.join(summary['files'])}")
@@ -251,6 +282,32 @@ def _clipped_lines(most_clipped: Sequence[dict[str, Any]]) -> list[str]:
             f"  {item['clipped']:8.4%}  {item['tensor']}  {low:.4g} to {high:.4g}"
             f"  (seen {item['observed'][0]:.4g} to {item['observed'][1]:.4g})"
         )
+    return lines
+
+
+def _outside_lines(held_out: int, most_outside: Sequence[dict[str, Any]]) -> list[str]:
+    if not held_out:
+        return ["coverage: not measured, every training image was calibrated on"]
+    if not most_outside:
+        return [f"coverage: nothing is outside on {held_out} held-out training images"]
+    return [
+        f"most outside on {held_out} held-out training images (and on those of the calibration):",
+        *(
+            f"  {item['outside']:8.4%}  ({item['clipped']:.4%})  {item['tensor']}"
+            for item in most_outside
+        ),
+    ]
+
+
+def _method_lines(scores: Sequence[dict[str, Any]]) -> list[str]:
+    if not scores:
+        return []
+    lines = ["methods, by the logits on held-out images: SQNR and agreement with the float graph"]
+    lines.append(f"  {'int8':>17}  {'int8-cpu':>17}")
+    for score in scores:
+        forms = (score[form] for form in ("int8", "int8-cpu"))
+        cells = (f"{f['sqnr_db']:6.1f} dB {f['agreement']:7.1%}" for f in forms)
+        lines.append(f"  {'  '.join(cells)}  {score['method']}")
     return lines
 
 

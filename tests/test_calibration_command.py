@@ -90,7 +90,10 @@ def test_it_says_what_it_did_and_what_to_do_next(
     assert "most clipped:" in said
     assert said.endswith("next: add images of dark to the training split, then train again\n")
     left = {path.name for path in (build / "calibration").iterdir()}
-    assert left == {"fp32.onnx", "images.json", "table.json", "gallery.html", "ranges.png"}
+    assert left == {
+        "fp32.onnx", "features.npz", "images.json", "table.json", "gallery.html", "ranges.png"
+    }  # fmt: skip
+    assert "held-out training images" in said
     page = (build / "calibration" / "gallery.html").read_text()
     assert page.count("<img") == 17
 
@@ -134,6 +137,19 @@ def test_noise_instead_of_the_field_ends_with_an_error(
     assert "calibration images are unusable, expected at most 50%" in captured.err
     assert "noise: neighbouring pixels correlate by" in captured.err
     assert not (build / "calibration" / "table.json").exists()
+
+
+def test_methods_are_compared_for_both_forms(
+    recipe: Path, build: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(recipe), "--compare", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["methods"]
+    names = [score["method"] for score in found]
+    assert names == ["minmax", "percentile", "entropy", "mse", "the table: percentile 99.0"]
+    assert found[1]["int8"] == found[-1]["int8"], "the table was made by percentile"
+    assert len({score["int8-cpu"]["sqnr_db"] for score in found}) > 2
+    assert main([str(recipe), "--compare"]) == 0
+    assert "methods, by the logits on held-out images" in capsys.readouterr().out
 
 
 def test_sensitivity_lists_every_layer_of_both_forms_worst_first(
