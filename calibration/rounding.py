@@ -176,7 +176,10 @@ def _inverse_root(covariance: Float64) -> Float64:
     # A group whose input never changes may have any weights; 1 keeps the inverse finite.
     damping = np.where(variance > 0.0, DAMPING * variance, 1.0)
     damped = covariance + damping[:, None, None] * np.eye(side)
-    return np.asarray(np.linalg.cholesky(np.linalg.inv(damped)).transpose(0, 2, 1))
+    # Reversed, its lower root is the upper root that is inverted here; the root of the inverse
+    # itself does not exist in floating point where inputs hardly differ.
+    root = np.linalg.cholesky(damped[:, ::-1, ::-1])[:, ::-1, ::-1]
+    return np.asarray(np.linalg.inv(root))
 
 
 def _compensate(weight: Float64, scale: Float64, inverse: Float64) -> Float64:

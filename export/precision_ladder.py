@@ -33,7 +33,7 @@ MORE_FLOAT = 1, 2, 4, 8
 LEARN_IMAGES = 48
 """Calibration images that weights and biases are tuned on: 32 to 64 are plenty."""
 
-EMITTERS: Mapping[str, Emit] = {
+EMITTERS: dict[str, Emit] = {
     "int8": tensorrt_dialect.emit,
     "int8-fp16": tensorrt_dialect.emit,
     # Whether the classifier stays float is measured like any other layer.

@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 import torch
 
-from calibration import Emitted, count_kernels, read_table, tensorrt_dialect
+from calibration import Emitted, count_kernels, read_table
 from export.__main__ import main as export
 from export.onnx_graph import to_onnx
 from export.parity import BATCH_SIZES, check_checkpoint
@@ -134,11 +134,16 @@ def test_the_fp32_graph_is_the_checkpoint(build: Path) -> None:
     np.testing.assert_allclose(logits, expected.numpy(), rtol=1e-3, atol=1e-3)
 
 
-def test_every_quantized_convolution_is_a_qlinearconv(build: Path) -> None:
+def kept_float(release: Release, form: str) -> set[str]:
+    """Layers that the ladder left float, of the rung that was released."""
+    return set(next(r for r in release.forms if r.form == form).attempts[-1].kept_float)
+
+
+def test_every_quantized_convolution_is_a_qlinearconv(build: Path, release: Release) -> None:
     kernels = count_kernels(onnx.load(build / "bundle/int8-cpu.onnx"))
-    assert kernels["QLinearConv"] == 49
-    assert not {"Conv", "FusedConv", "Clip"} & set(kernels)
-    assert kernels.get("QuantizeLinear", 0) == 0, "the image's byte is the quantized value"
+    kept = kept_float(release, "int8-cpu") - {"head"}
+    assert kernels["QLinearConv"] == 49 - len(kept)
+    assert kernels.get("Conv", 0) + kernels.get("FusedConv", 0) == len(kept)
 
 
 def test_engines_were_built_with_every_convolution_in_its_precision(release: Release) -> None:
@@ -149,7 +154,9 @@ def test_engines_were_built_with_every_convolution_in_its_precision(release: Rel
         assert engine is not None
         assert engine.built
         assert engine.passed
-        assert engine.precisions == {precision: 49}
+        kept = kept_float(release, form) - {"head"}
+        expected = {precision: 49 - len(kept), "FP32": len(kept)}
+        assert engine.precisions == {name: count for name, count in expected.items() if count}
 
 
 def test_the_manifest_says_what_was_measured(build: Path, release: Release) -> None:
@@ -212,7 +219,7 @@ def test_nothing_is_released_if_the_graph_is_not_the_checkpoint(
 def test_a_form_that_cannot_be_made_is_refused_and_the_others_go_on(
     quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from export import pipeline
+    from export import pipeline, precision_ladder
 
     shutil.copytree(quick / "build/quick/train", tmp_path / "build/quick/train")
     monkeypatch.chdir(tmp_path)
@@ -224,11 +231,11 @@ def test_a_form_that_cannot_be_made_is_refused_and_the_others_go_on(
         return Emitted(graph, (), {})
 
     monkeypatch.setattr(pipeline, "to_float16", broken)
-    monkeypatch.setattr(tensorrt_dialect, "emit", float_only)
+    monkeypatch.setitem(precision_ladder.EMITTERS, "int8", float_only)
     assert export([str(QUICK), "--allow-fp16-only"]) == 0
     error = capsys.readouterr().err
     assert "fp16 is not in the bundle: no such kernel" in error
-    assert "int8 is not in the bundle: no convolution is left to quantize" in error
+    assert "int8 is not in the bundle: no layer is left to quantize" in error
     manifest = Bundle.open(tmp_path / "build/quick/bundle").manifest
     assert [artifact.form for artifact in manifest.artifacts] == ["fp32", "int8-cpu"]
 
@@ -237,6 +244,8 @@ def test_a_form_over_budget_is_refused_after_every_rung(
     quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And no bundle is written without the form, unless its owner says so."""
+    from export import pipeline, precision_ladder
+
     shutil.copytree(quick / "build/quick/train", tmp_path / "build/quick/train")
     monkeypatch.chdir(tmp_path)
     strict = tmp_path / "strict.toml"
@@ -253,7 +262,14 @@ def test_a_form_over_budget_is_refused_after_every_rung(
     report = release.forms[-1]
     assert not report.released
     assert "< 60 dB" in report.reason
-    assert [len(attempt.kept_float) for attempt in report.attempts] == [0, 1]
+    rungs = [attempt.rung for attempt in report.attempts]
+    assert rungs[:3] == ["post-training", "1 more layer float", "2 more layers float"]
+    kept = [len(attempt.kept_float) for attempt in report.attempts[:5]]
+    assert kept == [kept[0] + more for more in (0, 1, 2, 4, 8)]
+    assert {attempt.split for attempt in report.attempts} == {"validation"}
+    assert all(attempt.made for attempt in report.attempts)
+    monkeypatch.setattr(precision_ladder, "MORE_FLOAT", ())
+    monkeypatch.setattr(pipeline, "teach", lambda *_: None)
     assert export([str(strict), "--allow-fp16-only"]) == 0
     bundle = Bundle.open(tmp_path / "build/quick/bundle")
     assert [artifact.form for artifact in bundle.manifest.artifacts] == ["fp32"]
