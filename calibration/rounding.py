@@ -175,11 +175,17 @@ def _inverse_root(covariance: Float64) -> Float64:
     variance = np.trace(covariance, axis1=1, axis2=2) / side
     # A group whose input never changes may have any weights; 1 keeps the inverse finite.
     damping = np.where(variance > 0.0, DAMPING * variance, 1.0)
-    damped = covariance + damping[:, None, None] * np.eye(side)
-    # Reversed, its lower root is the upper root that is inverted here; the root of the inverse
-    # itself does not exist in floating point where inputs hardly differ.
-    root = np.linalg.cholesky(damped[:, ::-1, ::-1])[:, ::-1, ::-1]
-    return np.asarray(np.linalg.inv(root))
+    while True:
+        damped = covariance + damping[:, None, None] * np.eye(side)
+        try:
+            # Reversed, its lower root is the upper root that is inverted here.
+            root = np.linalg.cholesky(damped[:, ::-1, ::-1])[:, ::-1, ::-1]
+        except np.linalg.LinAlgError:
+            # Inputs that vary little around a large mean: what is left of the subtraction is
+            # rounding, and may be negative.
+            damping = 10.0 * damping
+            continue
+        return np.asarray(np.linalg.inv(root))
 
 
 def _compensate(weight: Float64, scale: Float64, inverse: Float64) -> Float64:

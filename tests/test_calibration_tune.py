@@ -13,7 +13,7 @@ from calibration.bias import correct_biases, output_means
 from calibration.executor import Executor, run_exactly
 from calibration.graph import Conv, Graph, Layer
 from calibration.quantize import NOT_TUNED, Tuned, quantize_weight, weight_scales
-from calibration.rounding import MAX_INPUTS, choose_weights, measure_moments, patches
+from calibration.rounding import MAX_INPUTS, _inverse_root, choose_weights, measure_moments, patches
 from calibration.sensitivity import Emit
 from calibration.tune import Learned, TuneResult, learn, tune
 from runtime.metrics import sqnr_db
@@ -245,3 +245,11 @@ def test_layers_left_float_stay_so() -> None:
     )
     assert stem not in result.emitted.quantized
     assert stem not in result.tuned.biases
+
+
+def test_inputs_that_hardly_vary_around_a_large_mean_are_no_obstacle() -> None:
+    """Their covariance is a difference of large numbers, and not quite positive."""
+    covariance = np.diag([1e-12, 1.0, -1e-3])[None]
+    root = _inverse_root(covariance)
+    assert np.isfinite(root).all()
+    assert (np.diagonal(root[0]) > 0).all()
