@@ -28,7 +28,7 @@ DOCS = Path(__file__).resolve().parent
 BEGIN = "<!-- begin generated: make docs -->"
 END = "<!-- end generated -->"
 COMMANDS = (
-    ("train",), ("train", "degradations"), ("calibration",), ("export",),
+    ("train",), ("train", "degradations"), ("calibration",), ("export",), ("export", "gate"),
     ("runtime",), ("runtime", "classify"), ("runtime", "verify"), ("runtime", "doctor"),
     ("runtime", "benchmark"),
 )  # fmt: skip
