@@ -1,6 +1,7 @@
 """Verified or UNVERIFIED: the same words wherever a model appears, on a bundle of a tiny graph."""
 
 import json
+from hashlib import sha256
 from pathlib import Path
 
 import msgspec
@@ -81,7 +82,10 @@ def test_export_writes_the_checkpoints_words_into_the_manifest(tiny: Path, verif
 def test_a_manifest_without_the_mark_is_refused(tiny: Path) -> None:
     fields = json.loads((tiny / "manifest.json").read_text())
     del fields["adaptation"]
-    (tiny / "manifest.json").write_text(json.dumps(fields))
+    fields["digest"] = ""
+    bare = msgspec.json.format(msgspec.json.encode(fields), indent=1) + b"\n"
+    signed = bare.replace(b'"digest": ""', b'"digest": "%s"' % sha256(bare).hexdigest().encode())
+    (tiny / "manifest.json").write_bytes(signed)
     with pytest.raises(BundleError, match="missing required field `adaptation`"):
         Bundle.open(tiny)
 
