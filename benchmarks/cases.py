@@ -5,7 +5,6 @@ the other is MobileNetV2, whose depthwise weights differ so much from channel to
 loses what easier networks hide. (Nagel et al. 2019, arXiv:1906.04721.)
 """
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,10 +12,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.dann import installed
 from runtime.bundle import Bundle
 from runtime.dataset import Dataset, Example, Split, read_dataset
 from runtime.errors import DataError
-from runtime.preprocess import InputSpec, preprocess
+from runtime.preprocess import InputSpec, preprocess_batch
 
 if TYPE_CHECKING:
     import onnx
@@ -50,7 +50,7 @@ class Case(NamedTuple):
 
     def pixels(self, examples: Sequence[Example]) -> UInt8:
         """The preprocessed images ``[N, H, W, C]``."""
-        return np.stack([preprocess(Path(e.path), self.spec) for e in examples])
+        return preprocess_batch([e.path for e in examples], self.spec)
 
     def labels(self, examples: Sequence[Example]) -> Ints:
         """Class indices ``[N]``, -1 where unknown."""
@@ -77,7 +77,7 @@ def mobilenetv2() -> Case:
 
     Raises DataError if images or weights are not installed.
     """
-    path = _weights()  # before what takes seconds to import
+    path = installed(PACKAGE, WEIGHTS, INSTALL)  # before what takes seconds to import
 
     import torch
 
@@ -118,14 +118,6 @@ def mobilenetv2() -> Case:
         verified=True, adaptation="a benchmark", labels_used=len(known),
     )  # fmt: skip
     return Case(to_onnx(model, facts), dataset, SPEC)
-
-
-def _weights() -> Path:
-    spec = importlib.util.find_spec(PACKAGE)
-    path = Path(*(spec and spec.submodule_search_locations) or ["."], WEIGHTS)
-    if spec is None or not path.is_file():
-        raise DataError(f"MobileNetV2's weights are not installed; run {INSTALL}")
-    return path
 
 
 def _fill(backbone: "nn.Module", path: Path) -> None:

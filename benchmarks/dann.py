@@ -178,7 +178,7 @@ def photographs() -> Iterator[UInt8]:
                 yield np.asarray(photo.convert("RGB"))
 
 
-def installed(package: str, file: str) -> Path:
+def installed(package: str, file: str, how: str = "pip install 'fieldfit[bench]'") -> Path:
     """A data file of ``package``, without importing that package and all that it needs.
 
     Raises DataError if it is not there.
@@ -186,7 +186,7 @@ def installed(package: str, file: str) -> Path:
     spec = importlib.util.find_spec(package)
     path = Path(*(spec and spec.submodule_search_locations) or ["."], file)
     if spec is None or not path.is_file():
-        raise DataError(f"{package}: {file} is not installed; run pip install 'fieldfit[bench]'")
+        raise DataError(f"{package}: {file} is not installed; run {how}")
     return path
 
 

@@ -101,14 +101,12 @@ class Done:
 
     def judges(self) -> "UInt8":
         """Images ``[N, H, W, C]`` that were not chosen, or the chosen ones if all were."""
-        import numpy as np
-
-        from runtime.preprocess import preprocess
+        from runtime.preprocess import preprocess_batch
 
         paths = [
             image.path for image in self.calibration.held_out or self.calibration.choice.chosen
         ]
-        return np.stack([preprocess(path, self.recipe.input) for path in paths])
+        return preprocess_batch(paths, self.recipe.input)
 
 
 def run(recipe_path: Path) -> Done:

@@ -12,7 +12,7 @@ import onnx
 
 from calibration import onnxruntime_dialect, tensorrt_dialect
 from calibration.table import LARGEST_DB, Fidelity, MethodScore, Table
-from runtime.engines.engine import Float32
+from runtime.engines.engine import Float32, logits_of
 from runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
 from runtime.metrics import agreement, sqnr_db
 from runtime.preprocess import UInt8
@@ -67,8 +67,7 @@ def decide(scores: Sequence[MethodScore]) -> tuple[str, str]:
 
 def _logits(model: onnx.ModelProto, images: UInt8, form: str) -> Float32:
     with OnnxRuntimeEngine(model.SerializeToString(), form=form) as engine:
-        starts = range(0, len(images), _BATCH)
-        return np.concatenate([engine.infer(images[i : i + _BATCH]).logits for i in starts])
+        return logits_of(engine, images, _BATCH)
 
 
 def _fidelity(reference: Float32, logits: Float32) -> Fidelity:

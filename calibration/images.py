@@ -21,7 +21,7 @@ from calibration.faults import Judge
 from runtime import atomic
 from runtime.dataset import Example, SetAside
 from runtime.errors import DataError
-from runtime.preprocess import InputSpec, UInt8, preprocess
+from runtime.preprocess import InputSpec, UInt8, preprocess_batch
 
 MIN_IMAGES = 8
 """Fewer cannot represent a domain: calibration is refused."""
@@ -145,7 +145,7 @@ def batches(choice: Choice, spec: InputSpec, *, size: int = 4) -> Iterator[UInt8
     """The chosen images as uint8 batches ``[<= size, H, W, C]``, read one batch at a time."""
     for start in range(0, len(choice.chosen), size):
         part = choice.chosen[start : start + size]
-        yield np.stack([preprocess(Path(image.path), spec) for image in part])
+        yield preprocess_batch([image.path for image in part], spec)
 
 
 def write_choice(path: Path, choice: Choice) -> None:

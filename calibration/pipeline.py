@@ -43,7 +43,7 @@ from runtime.atomic import replacing_file
 from runtime.dataset import Example
 from runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
 from runtime.errors import DataError, ExportError
-from runtime.preprocess import InputSpec, UInt8, preprocess
+from runtime.preprocess import InputSpec, UInt8, preprocess, preprocess_batch
 from runtime.recipe import CalibrationSettings
 
 log = logging.getLogger(__name__)
@@ -151,8 +151,8 @@ def compare_methods(
         method: _with_method(table, observers, dict.fromkeys(observers, (method, "")), settings)
         for method in METHODS
     }
-    paths = [example.path for example in calibration.held_out or choice.chosen[:HELD_OUT]]
-    images = np.stack([preprocess(path, spec) for path in paths])
+    judges = calibration.held_out or choice.chosen[:HELD_OUT]
+    images = preprocess_batch([image.path for image in judges], spec)
     return compare(graph, tables | {f"the table: {table.key.method}": table}, images)
 
 
@@ -171,7 +171,7 @@ def _measure(
         track(batches(choice, spec, size=_WATCHED)),
         histogram=settings.method != "minmax",
     )
-    images = np.stack([preprocess(example.path, spec) for example in held]) if held else None
+    images = preprocess_batch([example.path for example in held], spec) if held else None
     table = Table(key=key, images=len(choice.chosen), held_out=len(held), tensors={})
     table = _decide(graph, observers, settings, table, images)
     if images is None:

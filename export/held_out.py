@@ -4,7 +4,6 @@ Validation images choose between rungs, test images prove what was chosen. It do
 form was made.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +12,7 @@ import onnx
 
 from export.float16 import first_not_finite
 from export.gate import judge
-from export.parity import measure, run
+from export.parity import measure
 from runtime.dataset import Dataset, Split
 from runtime.engines.engine import Engine
 from runtime.manifest import Quality
@@ -28,6 +27,8 @@ from train.pixels import load_pixels
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 UInt8 = npt.NDArray[np.uint8]
+
+BATCH = 16
 
 
 class HeldOut(NamedTuple):
@@ -70,13 +71,10 @@ def ask_checkpoint(
 
 def answers(engine: Engine, held: HeldOut) -> Floats:
     """The engine's logits ``[N, K]``."""
-    starts: Sequence[int] = range(0, len(held.images), 16)
-    label = f"{engine.form}: {held.split} images"
-    rows = [
-        run(engine, np.asarray(held.images[start : start + 16]))
-        for start in console.track(starts, label)
-    ]
-    return np.concatenate(rows)
+    starts = console.track(range(0, len(held.images), BATCH), f"{engine.form}: {held.split} images")
+    # From disk a few at a time; an engine takes plain arrays only.
+    batches = (np.asarray(held.images[start : start + BATCH]) for start in starts)
+    return np.concatenate([engine.infer(batch).logits for batch in batches])
 
 
 def examine(

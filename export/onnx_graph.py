@@ -182,8 +182,3 @@ def _type(value: onnx.ValueInfoProto) -> tuple[int, tuple[int | None, ...]]:
     tensor = value.type.tensor_type
     sides = [d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim]
     return tensor.elem_type, tuple(sides)
-
-
-def stem_of(model: ModelProto) -> str | None:
-    """Name of the first convolution: the one that sees the image."""
-    return next((node.name for node in model.graph.node if node.op_type == "Conv"), None)

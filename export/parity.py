@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime import metrics
-from runtime.engines.engine import Engine
+from runtime.engines.engine import Engine, logits_of
 from runtime.errors import ExportError
 from runtime.manifest import Quality
 
@@ -25,16 +25,10 @@ MIN_PARITY_DB = 60.0
 """Float32 in another order of operations costs less than a millionth of the signal."""
 
 
-def run(engine: Engine, images: UInt8, batch: int = 16) -> Floats:
-    """Logits ``[N, K]`` of uint8 ``images [N, H, W, C]``."""
-    rows = [engine.infer(images[i : i + batch]).logits for i in range(0, len(images), batch)]
-    return np.concatenate(rows)
-
-
 def check_batches(engine: Engine, images: UInt8) -> None:
     """Raise ExportError unless every batch size gives the same logits, image by image."""
     images = np.resize(images, (max(BATCH_SIZES), *images.shape[1:]))
-    alone = run(engine, images, batch=1)
+    alone = logits_of(engine, images, batch=1)
     for size in BATCH_SIZES:
         together = engine.infer(np.ascontiguousarray(images[:size])).logits
         if together.shape != alone[:size].shape:

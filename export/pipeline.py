@@ -31,7 +31,7 @@ from export.gate import without_int8
 from export.golden import choose_golden
 from export.held_out import HeldOut, answers, ask_checkpoint, examine
 from export.onnx_graph import to_onnx
-from export.parity import check_batches, check_checkpoint, measure, run
+from export.parity import check_batches, check_checkpoint, measure
 from export.precision_ladder import Material, PrecisionLadder, Rung, material_of
 from export.release import (
     RELEASE,
@@ -46,6 +46,7 @@ from export.write_bundle import GOLDEN, adaptation_of, encode_golden, make_manif
 from runtime import atomic
 from runtime.benchmark import interleave
 from runtime.dataset import Dataset, Example, read_dataset
+from runtime.engines.engine import logits_of
 from runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
 from runtime.errors import DataError, EngineError, ExportError
 from runtime.manifest import Artifact
@@ -271,7 +272,7 @@ class _Job:
         golden = {}
         for report in released:
             with OnnxRuntimeEngine(self.files[f"{report.form}.onnx"], form=report.form) as engine:
-                golden[report.form] = run(engine, images, batch=1)
+                golden[report.form] = logits_of(engine, images, batch=1)
         self.files[GOLDEN] = encode_golden(images, golden)
         self.files[RELEASE] = encode_release(release)
         artifacts = [

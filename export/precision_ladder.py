@@ -9,7 +9,6 @@ rounded. A rung is made only when it is asked for. It does not know what a form 
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +21,7 @@ from calibration.sensitivity import Emit, LayerSensitivity, choose_float, next_f
 from calibration.table import Table
 from calibration.tune import Learned, learn, tune
 from runtime.errors import ExportError
-from runtime.preprocess import InputSpec, preprocess
+from runtime.preprocess import InputSpec, preprocess_batch
 from train import console
 
 UInt8 = npt.NDArray[np.uint8]
@@ -70,12 +69,12 @@ brought nothing."""
 
 def material_of(graph: onnx.ModelProto, calibration: Calibration, spec: InputSpec) -> Material:
     """What the rungs of ``graph`` are made of; without held-out images those it saw have to do."""
-    chosen = [Path(image.path) for image in calibration.choice.chosen[:LEARN_IMAGES]]
-    held_out = [Path(example.path) for example in calibration.held_out] or chosen
-    images, others = (
-        np.stack([preprocess(path, spec) for path in paths]) for paths in (chosen, held_out)
+    chosen = calibration.choice.chosen[:LEARN_IMAGES]
+    images, held_out = (
+        preprocess_batch([image.path for image in those], spec)
+        for those in (chosen, calibration.held_out or chosen)
     )
-    return Material(graph, calibration.table, images, others)
+    return Material(graph, calibration.table, images, held_out)
 
 
 class PrecisionLadder:

@@ -222,7 +222,7 @@ def _read(images: Sequence[Image], spec: InputSpec) -> npt.NDArray[np.uint8]:
                 "or name images with --data"
             )
         contents.append(data)
-    return preprocess_batch(list(contents), spec)
+    return preprocess_batch(contents, spec)
 
 
 def _row(form: Judged) -> list[str]:

@@ -17,6 +17,7 @@ is the raw uint8 picture that the graph takes.
 
 import enum
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -128,7 +129,7 @@ def preprocess(image: ImageLike, spec: InputSpec) -> UInt8:
     return array.reshape(spec.shape)
 
 
-def preprocess_batch(images: list[ImageLike], spec: InputSpec) -> UInt8:
+def preprocess_batch(images: Sequence[ImageLike], spec: InputSpec) -> UInt8:
     """Return ``images`` as one uint8 ``[N, H, W, C]`` array."""
     batch = np.empty((len(images), *spec.shape), dtype=np.uint8)
     for row, image in zip(batch, images, strict=True):

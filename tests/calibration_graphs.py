@@ -3,15 +3,19 @@
 They do not come from a trained network; ``draw_images`` gives them something to look at.
 """
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
+from PIL import Image
 
 from calibration.ranges import measure
 from calibration.table import Table, table_key
+from runtime.dataset import Example
 from runtime.preprocess import InputSpec, UInt8
 from runtime.recipe import CalibrationSettings
 
@@ -286,6 +290,23 @@ def draw_images(count: int, *, channels: int = 1, seed: int = 0) -> UInt8:
         0, 10, (count, SIZE, SIZE, channels)
     )
     return np.clip(smooth, 0, 255).astype(np.uint8)
+
+
+def write_example(path: Path, picture: Image.Image, label: str) -> Example:
+    """Save ``picture`` as an image of the field."""
+    picture.save(path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Example(path=str(path), sha256=digest, domain="target", label=label)
+
+
+def write_examples(folder: Path, count: int = 20) -> list[Example]:
+    """Gray pictures of the field in ``folder``, every second one ``bad``, the others ``good``."""
+    return [
+        write_example(
+            folder / f"{number}.png", Image.fromarray(image[:, :, 0]), ("bad", "good")[number % 2]
+        )
+        for number, image in enumerate(draw_images(count, seed=7))
+    ]
 
 
 def make_table(

@@ -1,6 +1,5 @@
 """``python -m calibration RECIPE``: what it says, what it leaves, and how it ends."""
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -10,8 +9,8 @@ import pytest
 from PIL import Image
 
 from calibration.__main__ import describe, main
-from runtime.dataset import Dataset, Example, write_dataset
-from tests.calibration_graphs import SIZE, draw_images, small_cnn
+from runtime.dataset import Dataset, write_dataset
+from tests.calibration_graphs import SIZE, small_cnn, write_example, write_examples
 
 CLASSES = ("bad", "dark", "good")
 RECIPE = f"""
@@ -28,21 +27,6 @@ percentile = 99.0
 """
 
 
-def write_image(path: Path, picture: Image.Image, label: str) -> Example:
-    picture.save(path)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Example(path=str(path), sha256=digest, domain="target", label=label)
-
-
-def write_examples(folder: Path, count: int) -> list[Example]:
-    return [
-        write_image(
-            folder / f"{number}.png", Image.fromarray(image[:, :, 0]), CLASSES[2 * (number % 2)]
-        )
-        for number, image in enumerate(draw_images(count, seed=7))
-    ]
-
-
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
@@ -55,7 +39,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def build(recipe: Path) -> Path:
     """The recipe's build folder as train and export leave it: 40 good images and a black one."""
     folder = recipe.parent / "build" / "cells"
-    dark = write_image(recipe.parent / "black.png", Image.new("L", (SIZE, SIZE)), "dark")
+    dark = write_example(recipe.parent / "black.png", Image.new("L", (SIZE, SIZE)), "dark")
     examples = (*write_examples(recipe.parent, 40), dark)
     write_dataset(folder / "train" / "images.json", Dataset(classes=CLASSES, examples=examples))
     (folder / "calibration").mkdir()
@@ -126,7 +110,7 @@ def test_noise_instead_of_the_field_ends_with_an_error(
 ) -> None:
     drawn = np.random.default_rng(0).normal(128, 50, (20, 96, 96)).clip(0, 255)
     noise = [
-        write_image(recipe.parent / f"noise-{number}.png", Image.fromarray(levels), "good")
+        write_example(recipe.parent / f"noise-{number}.png", Image.fromarray(levels), "good")
         for number, levels in enumerate(drawn.astype(np.uint8))
     ]
     examples = (*write_examples(recipe.parent, 10), *noise)

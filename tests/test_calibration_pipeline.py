@@ -1,55 +1,28 @@
 """Calibration from images to table, by value and by command."""
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import onnx
 import pytest
-from PIL import Image
 
 import calibration
-from calibration.__main__ import main
 from calibration.compare import compare, decide
 from calibration.graph import Graph
 from calibration.methods import METHODS
 from calibration.pipeline import Calibration, calibrate, compare_methods
 from calibration.ranges import shares_outside
-from runtime.dataset import Dataset, Example, write_dataset
+from runtime.dataset import Example
 from runtime.errors import ExportError
-from runtime.preprocess import InputSpec, UInt8, preprocess
+from runtime.preprocess import InputSpec, UInt8, preprocess_batch
 from runtime.recipe import CalibrationSettings
-from tests.calibration_graphs import SIZE, Network, draw_images, small_cnn
+from tests.calibration_graphs import SIZE, Network, small_cnn, write_examples
 
 SPEC = InputSpec(size=(SIZE, SIZE), channels=1)
 CLASSES = ("bad", "good")
-RECIPE = f"""
-name = "cells"
-[data]
-source = "elpv"
-[input]
-size = [{SIZE}, {SIZE}]
-channels = 1
-[calibration]
-images = 16
-method = "percentile"
-percentile = 99.0
-"""
-
-
-def write_examples(folder: Path, count: int = 20) -> list[Example]:
-    examples = []
-    for number, image in enumerate(draw_images(count, seed=7)):
-        path = folder / f"{number}.png"
-        Image.fromarray(image[:, :, 0]).save(path)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        label = CLASSES[number % 2]
-        examples.append(Example(path=str(path), sha256=digest, domain="target", label=label))
-    return examples
 
 
 def run(model: onnx.ModelProto, examples: list[Example], folder: Path, **other: int) -> Calibration:
@@ -124,7 +97,7 @@ def test_auto_takes_the_method_whose_logits_are_nearest_on_held_out_images(tmp_p
     bounded = [tensor for tensor in table.tensors.values() if tensor.reason != "unbounded"]
     assert {tensor.method for tensor in bounded} == {"minmax"}
     assert any(tensor.reason == "bounded: Clip from 0 to 6" for tensor in bounded)
-    images = np.stack([preprocess(example.path, SPEC) for example in done.held_out])
+    images = preprocess_batch([example.path for example in done.held_out], SPEC)
     again = compare(model, {best: table}, images)
     assert again == tuple(score for score in table.scores if score.method == best)
 
@@ -147,7 +120,7 @@ def test_where_nothing_is_unbounded_or_held_out_nothing_is_compared(tmp_path: Pa
 def test_a_reader_sees_what_held_out_images_lose(tmp_path: Path) -> None:
     model, examples = small_cnn(), write_examples(tmp_path, 40)
     done = calibrate_by("percentile", model, examples, tmp_path, images=8)
-    images = np.stack([preprocess(example.path, SPEC) for example in done.held_out])
+    images = preprocess_batch([example.path for example in done.held_out], SPEC)
     chosen = {name: tensor.chosen for name, tensor in done.table.tensors.items()}
     shares = shares_outside(Graph(model), chosen, [images])
     assert {n: t.held_out_outside for n, t in done.table.tensors.items()} == shares
@@ -212,58 +185,6 @@ def test_a_graph_of_another_recipe_is_refused(tmp_path: Path) -> None:
     wide = InputSpec(size=(32, 32), channels=1)
     with pytest.raises(ExportError, match=r"expected images \[32, 32, 1\], got \[16"):
         calibrate(small_cnn(), [], CLASSES, wide, CalibrationSettings(), seed=0, folder=tmp_path)
-
-
-@pytest.fixture
-def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "cells.toml"
-    path.write_text(RECIPE)
-    return path
-
-
-def test_the_command_says_what_it_did(
-    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main([str(recipe)]) == 1
-    assert "run `python -m train RECIPE` first" in capsys.readouterr().err
-    build = tmp_path / "build" / "cells"
-    examples = write_examples(tmp_path)
-    black = tmp_path / "black.png"
-    Image.new("L", (SIZE, SIZE)).save(black)
-    digest = hashlib.sha256(black.read_bytes()).hexdigest()
-    dark = Example(path=str(black), sha256=digest, domain="target", label="dark")
-    dataset = Dataset(classes=("bad", "dark", "good"), examples=(*examples, dark))
-    write_dataset(build / "train" / "images.json", dataset)
-    assert main([str(recipe)]) == 1
-    assert "fp32.onnx: no such graph; run `python -m export" in capsys.readouterr().err
-    (build / "calibration").mkdir()
-    (build / "calibration" / "fp32.onnx").write_bytes(b"nonsense")
-    assert main([str(recipe)]) == 1
-    assert "not an ONNX model" in capsys.readouterr().err
-    onnx.save(small_cnn(), build / "calibration" / "fp32.onnx")
-    assert main([str(recipe)]) == 0
-    said = capsys.readouterr().out
-    assert "16 of 21 images: bad 8, dark 0, good 8" in said
-    assert f"1 refused\n  {black}: black: no level above 0" in said
-    assert "method percentile 99.0, table measured: there was none" in said
-    assert "most clipped:" in said
-    assert main([str(recipe), "--json"]) == 0
-    summary = json.loads(capsys.readouterr().out)
-    assert summary["reused"] is True
-    assert summary["per_class"] == {"bad": 8, "dark": 0, "good": 8}
-    assert 0 < summary["most_clipped"][0]["clipped"] <= 0.011
-
-
-def test_the_command_can_be_interrupted(
-    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupt(path: Path) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("calibration.__main__.run", interrupt)
-    assert main([str(recipe)]) == 130
-    assert capsys.readouterr().err.strip() == "calibration: interrupted"
 
 
 def test_the_face_is_what_it_says() -> None:

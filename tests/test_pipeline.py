@@ -14,7 +14,7 @@ import onnxruntime
 import pytest
 import torch
 
-from calibration import Emitted, count_kernels, read_table
+from calibration import Emitted, count_kernels, onnxruntime_dialect, read_table
 from export.__main__ import main as export
 from export.onnx_graph import to_onnx
 from export.parity import BATCH_SIZES, check_checkpoint
@@ -127,7 +127,7 @@ def test_the_fp32_graph_is_the_checkpoint(build: Path) -> None:
     checkpoint, facts = read_checkpoint(build / "train/checkpoint.safetensors")
     dataset = read_dataset(build / "train/images.json")
     paths = [e.path for e in dataset.select("target", "test")[:12]]
-    images = preprocess_batch(list(paths), facts.input)
+    images = preprocess_batch(paths, facts.input)
     with torch.inference_mode():
         expected, _ = checkpoint(torch.from_numpy(images))
     session = onnxruntime.InferenceSession(build / "bundle/fp32.onnx")
@@ -145,6 +145,13 @@ def test_every_quantized_convolution_is_a_qlinearconv(build: Path, release: Rele
     kept = kept_float(release, "int8-cpu") - {"head"}
     assert kernels["QLinearConv"] == 49 - len(kept)
     assert kernels.get("Conv", 0) + kernels.get("FusedConv", 0) == len(kept)
+    # Whatever the ladder leaves float, the graph that it starts from has nothing that is.
+    graph = onnx.load(build / "calibration/fp32.onnx")
+    table = read_table(build / "calibration/table.json")
+    kernels = count_kernels(onnxruntime_dialect.emit(graph, table).model)
+    assert kernels["QLinearConv"] == 49
+    assert not {"Conv", "FusedConv", "Clip"} & set(kernels)
+    assert kernels.get("QuantizeLinear", 0) == 0, "the image's byte is the quantized value"
 
 
 def test_engines_were_built_with_every_convolution_in_its_precision(release: Release) -> None:

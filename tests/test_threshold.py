@@ -61,6 +61,10 @@ def test_three_classes_each_find_their_offset() -> None:
     assert metrics.balanced_accuracy((logits + offsets).argmax(1), labels, 3) > 0.97
 
 
+def test_class_rates_count_classes_that_nobody_predicts() -> None:
+    assert class_rates(np.array([0, 0, 1, 0]), 3).tolist() == [0.75, 0.25, 0.0]
+
+
 @pytest.mark.parametrize("expected", [(0.7, 0.3), (0.5, 0.3, 0.2), (0.1, 0.6, 0.2, 0.1)])
 def test_predicted_rates_become_the_expected_ones(expected: tuple[float, ...]) -> None:
     random = np.random.default_rng(2)

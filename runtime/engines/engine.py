@@ -52,7 +52,7 @@ class Engine(abc.ABC):
         self.provider = provider
         """Where it computes, as verified after loading: ``cpu`` or ``cuda``."""
         self.form = form
-        """Which form of the model it runs: ``fp32``, ``fp16``, ``int8`` or ``int8-cpu``."""
+        """Which form of the model it runs, e.g. ``fp32`` or ``int8-cpu``: runtime.manifest.Form."""
         self.shape = shape
         """Height, width and channels of one picture."""
         self.max_batch = max_batch
@@ -132,3 +132,9 @@ class Engine(abc.ABC):
 
     def __str__(self) -> str:
         return f"{self.name} {self.provider.upper()}, {self.form}"
+
+
+def logits_of(engine: Engine, images: UInt8, batch: int = 16) -> Float32:
+    """Logits ``[N, K]`` of uint8 ``images [N, H, W, C]``, so many at a time."""
+    rows = [engine.infer(images[i : i + batch]).logits for i in range(0, len(images), batch)]
+    return np.concatenate(rows)
