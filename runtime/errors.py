@@ -13,6 +13,22 @@ Each message says what was expected, what came, and the way out. Only the ``__ma
 catch them: one line on stderr, exit code 1. Anything else is a bug and keeps its traceback.
 """
 
+from typing import Literal
+
+EngineFault = Literal[
+    "missing library",
+    "wrong version",
+    "no device",
+    "refused artifact",
+    "not built",
+    "failed self-test",
+    "too slow",
+    "not wanted",
+    "failed",
+]
+"""Why an engine was passed over, in words that a metric can count. ``not wanted`` is a choice of
+the user's or the bundle's; ``failed`` is what the library said and no other word fits."""
+
 
 class FieldfitError(Exception):
     """Base of every error that a user can act on."""
@@ -39,7 +55,11 @@ class BundleError(FieldfitError):
 
 
 class EngineError(FieldfitError):
-    """No engine can run the bundle here, or it answered wrongly."""
+    """No engine can run the bundle here, or it answered wrongly; ``fault`` says why in a word."""
+
+    def __init__(self, message: str, fault: EngineFault = "failed") -> None:
+        super().__init__(message)
+        self.fault = fault
 
 
 class UpdateError(FieldfitError):
