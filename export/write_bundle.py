@@ -64,6 +64,7 @@ def make_manifest(
         golden=GOLDEN,
         temperature=facts.temperature,
         minimum_runtime=__version__,
+        required_provider=recipe.export.require,
         recipe_sha256=recipe.sha256,
         checkpoint_sha256=checkpoint_sha256,
     )

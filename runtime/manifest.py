@@ -23,6 +23,8 @@ MAX_FILES = 64
 FileName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}\Z")]
 Sha256 = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Form = Literal["fp32", "fp16", "int8", "int8-fp16", "int8-cpu"]
+Minimum = Literal["tensorrt", "cuda"]
+"""The least that a bundle may run on: TensorRT, or any engine on the GPU."""
 
 
 class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -116,8 +118,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     abstain_below: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
     """Answers with a lower score are marked as abstained."""
     minimum_runtime: str = "0.1.0"
-    required_provider: str | None = None
-    """An engine that must be used; any other is an error."""
+    required_provider: Minimum | None = None
+    """The least that it may run on; a device that cannot is an error there, not a slow answer."""
     recipe_sha256: Sha256
     checkpoint_sha256: Sha256
     digest: str = ""

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import msgspec
 
 from runtime.errors import RecipeError
+from runtime.manifest import Minimum
 from runtime.preprocess import InputSpec
 
 Share = Annotated[float, msgspec.Meta(gt=0, lt=1)]
@@ -270,6 +271,9 @@ class ExportSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     ``int8`` with its float parts in half, for TensorRT only."""
     golden: Annotated[int, msgspec.Meta(ge=2, le=64)] = 8
     """Golden samples in the bundle, replayed wherever it is opened."""
+    require: Minimum | None = None
+    """The least that a device may run it on: ``"tensorrt"``, or ``"cuda"`` for any engine on its
+    GPU. A device that cannot refuses the bundle; by default it steps down, and says so."""
 
     def __post_init__(self) -> None:
         if len(set(self.forms)) != len(self.forms):
