@@ -1,22 +1,66 @@
 /* A CUDA runtime library whose device memory is the host's: it proves that our calls carry whole
- * pointers and sizes, in the right order. Its answers come from the environment. */
+ * pointers and sizes, in the right order. What is queued runs when somebody waits for it, so an
+ * answer that is read too early is a wrong one. Its own answers come from the environment. */
 #include <stdlib.h>
 #include <string.h>
 
-static int last = 0, live = 0;
+typedef struct {
+    void *to;
+    const void *from;
+    size_t size; /* of a copy */
+    void (*run)(long);
+    long argument; /* of a launch, which has no size */
+} Work;
+typedef struct { Work *items; int count, room; } List;
+
+static int last = 0, live = 0, launches = 0;
+static List queue, graph;
+static void *capturing = NULL; /* the stream */
+static int spoiled = 0;        /* a capture in which something was called that cannot be captured */
+static __thread int current = 0;
+
 static int answer(int code) { if (code) last = code; return code; }
 static int setting(const char *name, int otherwise) {
     const char *value = getenv(name);
     return value ? atoi(value) : otherwise;
 }
 
+static void append(List *list, Work work) {
+    if (list->count == list->room) {
+        list->room = 2 * list->room + 8;
+        list->items = realloc(list->items, list->room * sizeof(Work));
+    }
+    list->items[list->count++] = work;
+}
+static int flush(void) {
+    if (capturing) { spoiled = 1; return answer(900); }
+    for (int i = 0; i < queue.count; i++) {
+        Work work = queue.items[i];
+        if (work.run) work.run(work.argument);
+        else memcpy(work.to, work.from, work.size);
+    }
+    queue.count = 0;
+    return answer(setting("FAKE_CUDA_KERNEL_ERROR", 0));
+}
+static int enqueue(void *stream, Work work) {
+    if (!stream) return answer(400);
+    append(stream == capturing ? &graph : &queue, work);
+    return 0;
+}
+
 int cudaGetDeviceCount(int *count) {
     *count = setting("FAKE_CUDA_DEVICES", 1);
     return answer(setting("FAKE_CUDA_ERROR", 0));
 }
-int cudaSetDevice(int device) { return answer(device < setting("FAKE_CUDA_DEVICES", 1) ? 0 : 101); }
+int cudaSetDevice(int device) {
+    if (device >= setting("FAKE_CUDA_DEVICES", 1)) return answer(101);
+    current = device;
+    return 0;
+}
 int cudaDeviceGetAttribute(int *value, int attribute, int device) {
-    *value = attribute == 75 ? 8 : attribute == 76 ? 7 : attribute == 18 ? 1 : -1;
+    *value = attribute == 75 ? 8 : attribute == 76 ? 7
+           : attribute == 18 ? setting("FAKE_CUDA_INTEGRATED", 1)
+           : attribute == 19 ? setting("FAKE_CUDA_CAN_MAP", 1) : -1;
     return 0;
 }
 int cudaMemGetInfo(size_t *free_bytes, size_t *total) {
@@ -26,35 +70,101 @@ int cudaMemGetInfo(size_t *free_bytes, size_t *total) {
 }
 int cudaRuntimeGetVersion(int *version) { *version = 12060; return 0; }
 int cudaDriverGetVersion(int *version) { *version = 13020; return 0; }
-static int take(void **pointer, size_t size) {
-    if (size > (size_t)1 << 30) return answer(2);
-    *pointer = malloc(size);
+
+#define HEAD 64 /* bytes before each allocation, which keep its flags */
+static int take(void **pointer, size_t size, unsigned flags) {
+    if (capturing) { spoiled = 1; return answer(900); }
+    if (size > (size_t)1 << 30 || live >= setting("FAKE_CUDA_ROOM", 1 << 30)) return answer(2);
+    char *whole = malloc(HEAD + size);
+    memset(whole, 0xAA, HEAD + size);
+    *(unsigned *)whole = flags;
+    *pointer = whole + HEAD;
     live++;
     return 0;
 }
-static int give(void *pointer) { free(pointer); live--; return 0; }
-int cudaMalloc(void **pointer, size_t size) { return take(pointer, size); }
-int cudaFree(void *pointer) { return give(pointer); }
-int cudaHostAlloc(void **pointer, size_t size, unsigned flags) { return take(pointer, size); }
-int cudaFreeHost(void *pointer) { return give(pointer); }
-int cudaMemcpyAsync(void *to, const void *from, size_t size, int kind, void *stream) {
-    if (kind != 1 && kind != 2) return answer(21);
-    memcpy(to, from, size);
+static int give(void *pointer) {
+    flush();
+    free((char *)pointer - HEAD);
+    live--;
     return 0;
 }
-int cudaStreamCreateWithFlags(void **stream, unsigned flags) {
-    return flags == 1 ? take(stream, 1) : answer(1);
+int cudaMalloc(void **pointer, size_t size) { return take(pointer, size, 0); }
+int cudaFree(void *pointer) { return give(pointer); }
+int cudaHostAlloc(void **pointer, size_t size, unsigned flags) {
+    return take(pointer, size, flags);
 }
-int cudaStreamSynchronize(void *stream) { return answer(stream ? 0 : 400); }
+int cudaFreeHost(void *pointer) { return give(pointer); }
+int cudaHostGetDevicePointer(void **device, void *host, unsigned flags) {
+    *device = host;
+    return answer(*(unsigned *)((char *)host - HEAD) == 2 && flags == 0 ? 0 : 1);
+}
+int cudaMemcpyAsync(void *to, const void *from, size_t size, int kind, void *stream) {
+    if (kind != 1 && kind != 2) return answer(21);
+    return enqueue(stream, (Work){to, from, size, NULL, 0});
+}
+int cudaStreamCreateWithFlags(void **stream, unsigned flags) {
+    return flags == 1 ? take(stream, 1, 0) : answer(1);
+}
+int cudaStreamSynchronize(void *stream) { return stream ? flush() : answer(400); }
 int cudaStreamDestroy(void *stream) { return give(stream); }
-int cudaEventCreateWithFlags(void **event, unsigned flags) { return take(event, 1); }
+int cudaEventCreateWithFlags(void **event, unsigned flags) { return take(event, 1, 0); }
 int cudaEventRecord(void *event, void *stream) { return 0; }
-int cudaEventSynchronize(void *event) { return 0; }
+int cudaEventSynchronize(void *event) { return flush(); }
 int cudaEventElapsedTime(float *ms, void *start, void *end) { *ms = 1.5f; return 0; }
 int cudaEventDestroy(void *event) { return give(event); }
+
+int cudaStreamBeginCapture(void *stream, int mode) {
+    int code = setting("FAKE_CUDA_CAPTURE_ERROR", 0);
+    if (code || mode != 1 || capturing) return answer(code ? code : 1);
+    capturing = stream;
+    spoiled = 0;
+    graph = (List){NULL, 0, 0};
+    return 0;
+}
+int cudaStreamEndCapture(void *stream, void **made) {
+    if (stream != capturing) return answer(1);
+    capturing = NULL;
+    *made = NULL;
+    if (spoiled) { free(graph.items); return answer(901); }
+    int code = take(made, sizeof(List), 0);
+    if (code) { free(graph.items); return code; }
+    memcpy(*made, &graph, sizeof(List));
+    return 0;
+}
+int cudaGraphInstantiateWithFlags(void **executable, void *made, unsigned long long flags) {
+    int code = setting("FAKE_CUDA_INSTANTIATE_ERROR", 0);
+    if (code || flags) return answer(code ? code : 1);
+    if ((code = take(executable, sizeof(List), 0))) return code;
+    List *from = made, *to = *executable;
+    *to = (List){NULL, 0, 0};
+    for (int i = 0; i < from->count; i++) append(to, from->items[i]);
+    return 0;
+}
+static int give_list(void *list) { free(((List *)list)->items); return give(list); }
+int cudaGraphDestroy(void *made) { return give_list(made); }
+int cudaGraphExecDestroy(void *executable) { return give_list(executable); }
+int cudaGraphLaunch(void *executable, void *stream) {
+    List *list = executable;
+    for (int i = 0; i < list->count; i++) {
+        int code = enqueue(stream, list->items[i]);
+        if (code) return code;
+    }
+    launches++;
+    return 0;
+}
+
 int cudaGetLastError(void) { int code = last; last = 0; return code; }
 const char *cudaGetErrorString(int code) {
-    return code == 35 ? "driver too old" : code == 2 ? "out of memory" : "fake error";
+    return code == 35 ? "driver too old" : code == 2 ? "out of memory"
+         : code == 901 ? "operation failed due to a previous error during capture" : "fake error";
 }
+
+/* What a stand-in for TensorRT queues, and what tests ask. */
+int fakeLaunch(void *stream, void (*run)(long), long argument) {
+    return enqueue(stream, (Work){NULL, NULL, 0, run, argument});
+}
+int fakeCapturing(void *stream) { return stream == capturing; }
 int fakeLive(void) { return live; }
+int fakeLaunches(void) { return launches; }
+int fakeDevice(void) { return current; }
 int fakeLastError(void) { return last; }
