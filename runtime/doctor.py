@@ -1,42 +1,79 @@
-"""What a support engineer asks for first: this machine, its libraries, what opens, the bundle.
+"""What a support engineer asks for first: this machine, its libraries, what opens, what stands out.
 
-It reports; it decides nothing. Every fact is read at the moment of asking.
+It reports; it decides nothing about engines. Every fact is read at the moment of asking, and
+nothing is called fine that was not tried: libraries are imported and providers opened, each in a
+process of its own. The JSON form of a report is ``msgspec.to_builtins``; ``text`` is for people.
 """
 
 import importlib.metadata
-import os
 import platform
 import sys
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 
+from runtime import machine, trials
 from runtime.bundle import Bundle
+from runtime.diagnosis import (
+    Cache,
+    Cuda,
+    Gpu,
+    Library,
+    OnnxRuntime,
+    Provider,
+    Report,
+    gib,
+    what_to_look_at,
+)
+from runtime.machine import Machine
+from runtime.trials import Outcome
 from runtime.version import __version__
 
-LIBRARIES = ("numpy", "pillow", "msgspec", "onnxruntime", "onnxruntime-gpu", "tensorrt")
-INT8_CPU_FLAGS = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
-"""Instructions that make INT8 on a CPU much faster than FP32: x86 VNNI and AMX, ARM dot product."""
+TENSORRT_MODULES = {
+    "tensorrt": "tensorrt",
+    "tensorrt-rtx": "tensorrt_rtx",
+    "tensorrt-lean": "tensorrt_lean",
+    "tensorrt-dispatch": "tensorrt_dispatch",
+}
+"""Flavours and their Python modules. Lean and dispatch runtimes run plans but build none."""
+
+ONNXRUNTIME_PACKAGES = (
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "onnxruntime-openvino",
+    "onnxruntime-directml",
+)
+"""They all install the same folder ``onnxruntime``: of two, one overwrites half of the other."""
+
+
+def examine(timeout_s: float = trials.TIMEOUT_S) -> Report:
+    """Look at this machine. Takes about a second, and up to ``timeout_s`` for what hangs."""
+    here = machine.describe()
+    cuda = _cuda()
+    tensorrt, onnxruntime = _libraries(timeout_s)
+    cache = None
+    return Report(
+        fieldfit=__version__,
+        python=f"{platform.python_version()} ({sys.executable})",
+        packages=_versions(("numpy", "pillow", "msgspec")),
+        machine=here,
+        cuda=cuda,
+        tensorrt=tensorrt,
+        onnxruntime=onnxruntime,
+        cache=cache,
+        look_at=what_to_look_at(here, cuda, tensorrt, onnxruntime, cache),
+    )
 
 
 def facts() -> dict[str, str]:
-    """Names and values in the order they should be shown."""
+    """The rows of the report without its sections, warnings and bundle."""
     return {
-        "fieldfit": __version__,
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "distribution": _distribution(),
-        "jetson": _first_line("/etc/nv_tegra_release") or "no",
-        "python": f"{platform.python_version()} ({sys.executable})",
-        "cpu": f"{_cpu_model()}, {len(os.sched_getaffinity(0))} cores for this process",
-        "int8 on cpu": ", ".join(_cpu_flags())
-        or "no dot-product instructions found: INT8 may be slower than FP32",
-        "memory": _memory(),
-        "cuda": _cuda(),
-        **{name: _version(name) for name in LIBRARIES},
-        "onnxruntime providers": _providers(),
+        name: value if isinstance(value, str) else ", ".join(value)
+        for rows in sections_of(examine()).values()
+        for name, value in rows
     }
 
 
 def bundle_facts(bundle: Bundle) -> dict[str, object]:
-    """What ``bundle`` says about itself, under names that ``facts`` does not use."""
+    """What ``bundle`` says about itself."""
     manifest = bundle.manifest
     return {
         "bundle": f"{manifest.name} {manifest.version}",
@@ -45,68 +82,208 @@ def bundle_facts(bundle: Bundle) -> dict[str, object]:
     }
 
 
-def _version(name: str) -> str:
+def _cuda() -> Cuda:
+    from runtime.engines.cudart import probe
+
+    device = probe()
+    if isinstance(device, str):
+        return Cuda(reason=device)
+    major, minor = device.compute_capability
+    return Cuda(
+        gpu=Gpu(
+            compute_capability=f"{major}.{minor}",
+            integrated=device.integrated,
+            free_bytes=device.free_bytes,
+            total_bytes=device.total_bytes,
+            cuda_runtime=device.runtime_version,
+            cuda_driver=device.driver_version,
+        )
+    )
+
+
+def _libraries(timeout_s: float) -> tuple[dict[str, Library], OnnxRuntime]:
+    imports = {name: ("import", module) for name, module in TENSORRT_MODULES.items()}
+    outcomes = trials.run_trials({"onnxruntime": ("providers",), **imports}, timeout_s)
+    listing = outcomes.pop("onnxruntime")
+    listed: list[str] = listing.answer["providers"] if listing.answer else []
+    opened = trials.run_trials({name: ("open", name) for name in listed}, timeout_s)
+    return (
+        {name: _library(outcome) for name, outcome in outcomes.items()},
+        OnnxRuntime(
+            library=_library(listing),
+            numpy=listing.answer["numpy"] if listing.answer else _version("numpy"),
+            packages=_versions(ONNXRUNTIME_PACKAGES),
+            providers={
+                name: Provider(opens=outcome.answer is not None, reason=outcome.reason)
+                for name, outcome in opened.items()
+            },
+            built_for_numpy_1="compiled using NumPy 1.x" in listing.said,
+        ),
+    )
+
+
+def _library(outcome: Outcome) -> Library:
+    if outcome.answer is None:
+        return Library(reason=outcome.reason)
+    return Library(version=outcome.answer["version"])
+
+
+def _versions(names: Iterable[str]) -> dict[str, str]:
+    """Those of these packages that are installed, and their versions."""
+    versions = {name: _version(name) for name in names}
+    return {name: version for name, version in versions.items() if version is not None}
+
+
+def _version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return None
 
 
-def _providers() -> str:
-    """Those listed: onnxruntime lists some that do not open, and only the CPU's is tried here."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        return f"onnxruntime cannot be imported: {error}"
-    return ", ".join(onnxruntime.get_available_providers()) + " (listed, not tried)"
+Rows = Sequence[tuple[str, str | Sequence[str]]]
+"""Names and values as they are shown; of several values each gets a line."""
 
 
-def _cuda() -> str:
-    from runtime.engines.cudart import probe
+def text(report: Report, bundle: Mapping[str, object] | None = None) -> str:
+    """The report for people: a section each, and at the end what to look at.
 
-    return str(probe())
-
-
-def _distribution() -> str:
-    try:
-        return platform.freedesktop_os_release().get("PRETTY_NAME", "unknown")
-    except OSError:
-        return "unknown"
-
-
-def _cpu_model() -> str:
-    for line in _lines("/proc/cpuinfo"):
-        if line.startswith(("model name", "Model")):
-            return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"
-
-
-def _cpu_flags() -> list[str]:
-    for line in _lines("/proc/cpuinfo"):
-        if line.startswith(("flags", "Features")):
-            found = set(line.partition(":")[2].split())
-            return [flag for flag in INT8_CPU_FLAGS if flag in found]
-    return []
+    ``bundle`` holds what is known about a bundle, by name; values are shown as ``str`` does.
+    """
+    sections = sections_of(report)
+    if bundle:
+        sections["bundle"] = [
+            (name, [str(line) for line in value] if isinstance(value, list) else str(value))
+            for name, value in bundle.items()
+        ]
+    sections["what to look at"] = [(look.what, look.reason) for look in report.look_at] or [
+        ("", "nothing that stands out")
+    ]
+    width = max(len(name) for rows in sections.values() for name, _ in rows) + 2
+    lines = []
+    for title, rows in sections.items():
+        lines.append(f"\n{title}")
+        for name, value in rows:
+            for index, line in enumerate([value] if isinstance(value, str) else value):
+                lines.append(f"  {'' if index else name:<{width}}{line}")
+    return "\n".join(lines).lstrip("\n")
 
 
-def _memory() -> str:
-    values = {}
-    for line in _lines("/proc/meminfo"):
-        name, _, rest = line.partition(":")
-        if name in ("MemTotal", "MemAvailable"):
-            values[name] = int(rest.split()[0]) / 2**20
-    if not values:
-        return "unknown"
-    return f"{values.get('MemAvailable', 0):.1f} of {values.get('MemTotal', 0):.1f} GiB available"
+def sections_of(report: Report) -> dict[str, Rows]:
+    """Title and rows of each section, without bundle and warnings."""
+    return {
+        "machine": _machine_rows(report),
+        "cuda": _cuda_rows(report.machine, report.cuda),
+        "tensorrt": [
+            (name, f"{library.version}, imports" if library.version else f"no: {library.reason}")
+            for name, library in report.tensorrt.items()
+        ],
+        "onnxruntime": _onnxruntime_rows(report.onnxruntime),
+        **({"cache of engines": _cache_rows(report.cache)} if report.cache else {}),
+    }
 
 
-def _first_line(path: str) -> str:
-    lines = _lines(path)
-    return lines[0].strip("# \n") if lines else ""
+def _machine_rows(report: Report) -> Rows:
+    here = report.machine
+    synchronised = "synchronised" if here.clock_synchronised else "not synchronised"
+    rows: list[tuple[str, str | None]] = [
+        ("fieldfit", report.fieldfit),
+        ("python", report.python),
+        ("packages", ", ".join(f"{name} {version}" for name, version in report.packages.items())),
+        ("system", f"Linux {here.kernel} {here.architecture}"),
+        ("distribution", here.distribution),
+        ("model", here.model),
+        ("jetson", f"L4T {here.l4t}, JetPack {here.jetpack}" if here.l4t else "no"),
+        ("container", here.container or "none seen"),
+        ("cpu", f"{here.cpu}, {here.cores} cores for this process"),
+        ("int8 on cpu", ", ".join(here.int8_instructions) or "no dot-product instructions"),
+        ("memory", _memory(here)),
+        ("clocks", ", ".join(_frequency(*item) for item in here.frequencies.items()) or None),
+        ("governor", here.governor),
+        (
+            "temperature",
+            ", ".join(f"{zone} {value:.0f} °C" for zone, value in here.temperatures.items())
+            or None,
+        ),
+        ("slowed by heat", ", ".join(here.throttling) or ("no" if here.l4t else None)),
+        (
+            "over-current",
+            ", ".join(f"{name} {count}" for name, count in here.overcurrent_events.items()) or None,
+        ),
+        ("clock", f"{here.time:%Y-%m-%d %H:%M:%S} UTC, {synchronised}"),
+    ]
+    return [(name, value if value is not None else "unknown") for name, value in rows]
 
 
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
+def _memory(here: Machine) -> str | None:
+    if here.memory is None:
+        return None
+    shared = ", shared with the GPU" if here.l4t else ""
+    swap = f"{gib(here.memory.swap_free)} of {gib(here.memory.swap_total)} GiB"
+    return f"{gib(here.memory.available)} of {gib(here.memory.total)} GiB available{shared}; " + (
+        f"swap {swap} free" if here.memory.swap_total else "no swap"
+    )
+
+
+def _jetson_rows(here: Machine) -> list[tuple[str, str | None]]:
+    counts = [f"{name} {count}" for name, count in here.overcurrent_events.items()]
+    return [
+        ("power mode", _power_mode(here)),
+        ("slowed by heat", ", ".join(here.throttling) or "no"),
+        ("over-current", f"{', '.join(counts)} since the start" if counts else None),
+    ]
+
+
+def _power_mode(here: Machine) -> str | None:
+    mode = here.power_mode
+    if mode is None:
+        return None
+    default = "" if mode.chosen else ", the default"
+    return f"{mode.name}{default}; offered: {', '.join(mode.offered)}"
+
+
+def _frequency(name: str, clock: machine.Frequency) -> str:
+    if clock.pinned:
+        return f"{name} {clock.current} MHz, pinned"
+    return f"{name} {clock.current} MHz ({clock.lowest} to {clock.highest})"
+
+
+def _cuda_rows(here: Machine, cuda: Cuda) -> Rows:
+    rows = [("driver", here.nvidia_driver or "no NVIDIA kernel module is loaded")]
+    if cuda.gpu is None:
+        return [
+            *rows,
+            ("gpu", ", ".join(here.gpus) or "none named"),
+            ("cuda", f"no: {cuda.reason}"),
+        ]
+    gpu = cuda.gpu
+    kind = "integrated" if gpu.integrated else "discrete"
+    return [
+        *rows,
+        ("gpu", ", ".join(here.gpus) or here.model or "not named"),
+        ("capability", f"{gpu.compute_capability}, {kind}"),
+        ("gpu memory", f"{gib(gpu.free_bytes)} of {gib(gpu.total_bytes)} GiB free"),
+        ("cuda", f"{gpu.cuda_runtime}; the driver knows {gpu.cuda_driver}"),
+    ]
+
+
+def _onnxruntime_rows(onnxruntime: OnnxRuntime) -> Rows:
+    library = onnxruntime.library
+    packages = [f"{name} {version}" for name, version in onnxruntime.packages.items()]
+    return [
+        ("onnxruntime", library.version or f"no: {library.reason}"),
+        ("from package", ", ".join(packages) or "none that pip knows"),
+        ("numpy", onnxruntime.numpy or "not installed"),
+        *(
+            (name, "opens" if provider.opens else f"listed, does not open: {provider.reason}")
+            for name, provider in onnxruntime.providers.items()
+        ),
+    ]
+
+
+def _cache_rows(cache: Cache) -> Rows:
+    return [
+        ("folder", cache.folder),
+        ("writable", f"no: {cache.unwritable}" if cache.unwritable else "yes, tried"),
+        ("disk", f"{gib(cache.free_bytes)} GiB free"),
+    ]
