@@ -8,6 +8,7 @@ process of its own. The JSON form of a report is ``msgspec.to_builtins``; ``text
 import importlib.metadata
 import platform
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
 from runtime import machine, trials
@@ -141,6 +142,8 @@ def _version(name: str) -> str | None:
         return None
 
 
+_COLUMNS = 100
+
 Rows = Sequence[tuple[str, str | Sequence[str]]]
 """Names and values as they are shown; of several values each gets a line."""
 
@@ -160,13 +163,23 @@ def text(report: Report, bundle: Mapping[str, object] | None = None) -> str:
         ("", "nothing that stands out")
     ]
     width = max(len(name) for rows in sections.values() for name, _ in rows) + 2
-    lines = []
-    for title, rows in sections.items():
-        lines.append(f"\n{title}")
-        for name, value in rows:
-            for index, line in enumerate([value] if isinstance(value, str) else value):
-                lines.append(f"  {'' if index else name:<{width}}{line}")
-    return "\n".join(lines).lstrip("\n")
+    return "\n\n".join(_section(title, rows, width) for title, rows in sections.items())
+
+
+def _section(title: str, rows: Rows, width: int) -> str:
+    lines = [title]
+    for name, value in rows:
+        for index, line in enumerate([value] if isinstance(value, str) else value):
+            first = f"  {'' if index else name:<{width}}"
+            lines += textwrap.wrap(
+                line,
+                _COLUMNS,
+                initial_indent=first,
+                subsequent_indent=" " * len(first),
+                break_long_words=False,
+                break_on_hyphens=False,
+            )
+    return "\n".join(lines)
 
 
 def sections_of(report: Report) -> dict[str, Rows]:
@@ -198,17 +211,13 @@ def _machine_rows(report: Report) -> Rows:
         ("cpu", f"{here.cpu}, {here.cores} cores for this process"),
         ("int8 on cpu", ", ".join(here.int8_instructions) or "no dot-product instructions"),
         ("memory", _memory(here)),
+        *(_jetson_rows(here) if here.l4t else ()),
         ("clocks", ", ".join(_frequency(*item) for item in here.frequencies.items()) or None),
         ("governor", here.governor),
         (
             "temperature",
             ", ".join(f"{zone} {value:.0f} °C" for zone, value in here.temperatures.items())
             or None,
-        ),
-        ("slowed by heat", ", ".join(here.throttling) or ("no" if here.l4t else None)),
-        (
-            "over-current",
-            ", ".join(f"{name} {count}" for name, count in here.overcurrent_events.items()) or None,
         ),
         ("clock", f"{here.time:%Y-%m-%d %H:%M:%S} UTC, {synchronised}"),
     ]
@@ -275,7 +284,12 @@ def _onnxruntime_rows(onnxruntime: OnnxRuntime) -> Rows:
         ("from package", ", ".join(packages) or "none that pip knows"),
         ("numpy", onnxruntime.numpy or "not installed"),
         *(
-            (name, "opens" if provider.opens else f"listed, does not open: {provider.reason}")
+            (
+                name,
+                "opens, and computed a convolution"
+                if provider.opens
+                else f"listed, does not open: {provider.reason}",
+            )
             for name, provider in onnxruntime.providers.items()
         ),
     ]
