@@ -1,9 +1,15 @@
 """Real engines from TensorRT-RTX's builder, which needs no GPU, and the readers that need nothing.
 
-Skipped where tensorrt_rtx is not installed: the build itself. Never skipped: headers and layers.
+What only full TensorRT has, weakly typed networks and timing caches, is asked of a stand-in, which
+proves our calls and no more. Skipped where tensorrt_rtx is not installed: the real builds. Never
+skipped: headers and layers.
 """
 
+import signal
+import subprocess
 import sys
+import types
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +21,14 @@ from onnx.onnx_pb import ModelProto, NodeProto
 
 from export.float16 import to_float16
 from runtime.engines import cudart, tensorrt_build
-from runtime.engines.tensorrt_build import build, conv_precisions
+from runtime.engines.tensorrt_build import (
+    WORKSPACE,
+    build,
+    check_version,
+    conv_precisions,
+    preflight,
+    workspace_for,
+)
 from runtime.engines.tensorrt_layers import node_precisions, parse_layers
 from runtime.engines.tensorrt_library import (
     PlanHeader,
@@ -26,9 +39,12 @@ from runtime.engines.tensorrt_library import (
     plan_header,
 )
 from runtime.errors import EngineError
+from tests import standin_tensorrt
+from tests.standin_tensorrt import StandIn
 
 SHAPE = (32, 32, 3)
-AMPERE = (8, 6)
+AMPERE, ADA, BLACKWELL = (8, 6), (8, 9), (12, 0)
+MIB = 1 << 20
 
 
 class Network:
@@ -146,12 +162,22 @@ def fp32() -> ModelProto:
     return Network(quantized=False).model()
 
 
+def with_operator(model: ModelProto, operator: str, other: str, name: str) -> ModelProto:
+    """A copy in which the first node of ``operator`` is of another one, and named so."""
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    node = next(node for node in changed.graph.node if node.op_type == operator)
+    node.op_type, node.name = other, name
+    return changed
+
+
 def quick_build(model: ModelProto, rtx: TensorRT, **settings: Any) -> tensorrt_build.Built:
     data = model.SerializeToString()
     usual: dict[str, Any] = {"batch": (1, 1, 4), "shape": SHAPE, "target_sm": AMPERE, "level": 0}
     return build(data, library=rtx, **(usual | settings))
 
 
+@pytest.mark.parametrize("target", [AMPERE, ADA, BLACKWELL], ids=["SM86", "SM89", "SM120"])
 @pytest.mark.parametrize(
     ("quantized", "half", "stem", "others"),
     [
@@ -163,10 +189,10 @@ def quick_build(model: ModelProto, rtx: TensorRT, **settings: Any) -> tensorrt_b
     ids=["fp32", "fp16", "int8", "int8-fp16"],
 )
 def test_every_convolution_runs_in_the_type_of_the_file(
-    rtx: TensorRT, quantized: bool, half: bool, stem: str, others: str
+    rtx: TensorRT, quantized: bool, half: bool, stem: str, others: str, target: tuple[int, int]
 ) -> None:
     model = Network(quantized=quantized).model()
-    built = quick_build(to_float16(model) if half else model, rtx)
+    built = quick_build(to_float16(model) if half else model, rtx, target_sm=target)
     names = [node.name for node in model.graph.node if node.op_type == "Conv"]
     precisions = conv_precisions(built)
     assert list(precisions) == names
@@ -174,6 +200,26 @@ def test_every_convolution_runs_in_the_type_of_the_file(
     assert precisions.pop(names[0]) == stem
     assert set(precisions.values()) == {others}
     assert plan_header(built.plan) == PlanHeader("tensorrt-rtx", rtx.version, len(built.plan))
+    assert (built.typing, built.attempts, built.timing_cache) == ("strong", (), b"")
+    assert (built.workspace_bytes, built.batch) == (WORKSPACE, (1, 1, 4))
+
+
+def test_engines_carry_no_host_code_and_no_plugins(rtx: TensorRT, fp32: ModelProto) -> None:
+    configs = []
+    real: Any = rtx.module.Builder
+
+    class Builder(real):  # type: ignore[misc]
+        def create_builder_config(self) -> Any:
+            configs.append(real.create_builder_config(self))
+            return configs[-1]
+
+    watched = types.SimpleNamespace(**vars(rtx.module) | {"Builder": Builder})
+    quick_build(fp32, rtx._replace(module=watched))
+    (config,) = configs
+    untouched = rtx.module.Builder(logger(rtx)).create_builder_config()
+    assert config.flags == untouched.flags
+    assert not config.get_flag(rtx.module.BuilderFlag.VERSION_COMPATIBLE)
+    assert config.plugins_to_serialize == []
 
 
 def test_progress_grows_and_names_the_phase(rtx: TensorRT, fp32: ModelProto) -> None:
@@ -187,8 +233,16 @@ def test_progress_grows_and_names_the_phase(rtx: TensorRT, fp32: ModelProto) -> 
 
 
 def test_a_build_can_be_cancelled(rtx: TensorRT, fp32: ModelProto) -> None:
-    with pytest.raises(EngineError, match="the build was cancelled"):
-        quick_build(fp32, rtx, progress=lambda share, phase: share < 0.05)
+    told: list[float] = []
+
+    def once(share: float, phase: str) -> bool:
+        told.append(share)
+        return len(told) != 5
+
+    with pytest.raises(EngineError, match="the build was cancelled") as refusal:
+        quick_build(fp32, rtx, progress=once)
+    assert refusal.value.fault == "not wanted"
+    assert len(told) == 5
     quick_build(fp32, rtx)
 
 
@@ -200,13 +254,81 @@ def test_what_progress_raises_comes_through(rtx: TensorRT, fp32: ModelProto) -> 
         quick_build(fp32, rtx, progress=interrupt)
 
 
+INTERRUPTED = """
+import signal, sys
+from runtime.engines.tensorrt_build import build
+from runtime.engines.tensorrt_library import load_library, logger
+
+def wait_for_the_signal(*_):
+    if not told:
+        told.append("building")
+        print("building", flush=True)
+        sys.stdin.readline()
+
+class Ear:
+    errors = []
+    layers = property(fset=wait_for_the_signal)
+
+def attempt(progress):
+    return build(model, batch=(1, 1, 4), shape=(32, 32, 3), library=library, target_sm=(8, 6),
+                 level=0, progress=progress)
+
+path, where = sys.argv[1:]
+told = []
+library = load_library("tensorrt-rtx")
+with open(path, "rb") as file:
+    model = file.read()
+if where == "logger":
+    logger(library).sinks.append(Ear())
+try:
+    attempt(wait_for_the_signal if where == "progress" else None)
+except KeyboardInterrupt:
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    print("interrupted,", len(attempt(None).plan) > 0)
+"""
+
+
+@pytest.mark.parametrize("where", ["progress", "logger"])
+def test_ctrl_c_ends_the_build_and_leaves_the_builder_usable(
+    rtx: TensorRT, fp32: ModelProto, tmp_path: Path, where: str
+) -> None:
+    path = tmp_path / "fp32.onnx"
+    path.write_bytes(fp32.SerializeToString())
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", INTERRUPTED, str(path), where]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "building\n"
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate("go on\n", timeout=60)
+    assert (out, err, process.returncode) == ("interrupted, True\n", "", 0)
+
+
 def test_a_node_that_cannot_be_built_is_named(rtx: TensorRT, fp32: ModelProto) -> None:
-    strange = onnx.ModelProto()
-    strange.CopyFrom(fp32)
-    node = next(n for n in strange.graph.node if n.op_type == "GlobalAveragePool")
-    node.op_type, node.name = "GlobalLpPool3", "the_pool"
-    with pytest.raises(EngineError, match="GlobalLpPool3 node the_pool"):
+    strange = with_operator(fp32, "GlobalAveragePool", "GlobalLpPool3", "the_pool")
+    with pytest.raises(EngineError, match="GlobalLpPool3 node the_pool") as refusal:
         quick_build(strange, rtx)
+    assert refusal.value.fault == "not built"
+
+
+def test_preflight_names_each_node_that_cannot_be_built(rtx: TensorRT, fp32: ModelProto) -> None:
+    strange = with_operator(fp32, "GlobalAveragePool", "GlobalLpPool3", "the_pool")
+    strange = with_operator(strange, "Flatten", "Flatter", "the_flattening")
+    pool, flattening = preflight(strange.SerializeToString(), rtx)
+    assert pool.startswith("GlobalLpPool3 node the_pool: ")
+    assert flattening.startswith("Flatter node the_flattening: ")
+    (asymmetric, *_) = preflight(Network(quantized=True, zero_point=3).model().SerializeToString())
+    assert "Non-zero zero point is not supported" in asymmetric
+    assert preflight(fp32.SerializeToString(), rtx) == ()
+    assert preflight(b"", rtx) == ("not an ONNX file",)
+
+
+def test_an_engine_inside_the_onnx_file_is_refused(rtx: TensorRT, fp32: ModelProto) -> None:
+    smuggled = with_operator(fp32, "GlobalAveragePool", "EPContext", "engine")
+    smuggled.graph.node[-2].domain = "com.microsoft"
+    with pytest.raises(EngineError, match=r"EPContext.*from elsewhere") as refusal:
+        quick_build(smuggled, rtx)
+    assert refusal.value.fault == "refused artifact"
 
 
 def test_an_asymmetric_graph_is_refused_with_the_reason(rtx: TensorRT) -> None:
@@ -219,22 +341,24 @@ def test_damaged_onnx_is_refused(rtx: TensorRT, data: bytes) -> None:
     with pytest.raises(EngineError, match="cannot read the ONNX graph") as refusal:
         build(data, batch=(1, 1, 1), shape=SHAPE, library=rtx, target_sm=AMPERE)
     assert "\n" not in str(refusal.value)
+    assert refusal.value.fault == "refused artifact"
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("settings", "words", "fault"),
     [
-        ({"shape": (32, 32, 1)}, r"one input, image \[N, 32, 32, 1\]"),
-        ({"batch": (2, 1, 4)}, "smallest <= usual <= largest"),
-        ({"target_sm": (8, 7)}, "expected one of SM75.*got SM87"),
-        ({"strongly_typed": False}, "always strongly typed"),
+        ({"shape": (32, 32, 1)}, r"one input, image \[N, 32, 32, 1\]", "refused artifact"),
+        ({"batch": (2, 1, 4)}, "smallest <= usual <= largest", "not built"),
+        ({"target_sm": (8, 7)}, "expected one of SM75.*got SM87", "no device"),
+        ({"typing": "weak"}, "always strongly typed", "wrong version"),
     ],
 )
 def test_wrong_settings_are_refused(
-    rtx: TensorRT, fp32: ModelProto, settings: dict[str, Any], words: str
+    rtx: TensorRT, fp32: ModelProto, settings: dict[str, Any], words: str, fault: str
 ) -> None:
-    with pytest.raises(EngineError, match=words):
+    with pytest.raises(EngineError, match=words) as refusal:
         quick_build(fp32, rtx, **settings)
+    assert refusal.value.fault == fault
 
 
 def test_a_refusal_carries_the_words_of_the_logger(rtx: TensorRT, fp32: ModelProto) -> None:
@@ -243,14 +367,22 @@ def test_a_refusal_carries_the_words_of_the_logger(rtx: TensorRT, fp32: ModelPro
     fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
     with pytest.raises(EngineError, match="image has static dimensions that don't match"):
         quick_build(fixed, rtx)
-    with pytest.raises(EngineError, match="no tactics to implement the operation within workspace"):
+
+
+def test_want_of_memory_names_what_was_allowed_and_the_way_out(
+    rtx: TensorRT, fp32: ModelProto
+) -> None:
+    words = "no tactics.*workspace.*were allowed 1 bytes.*batches of up to 4: .*add swap"
+    with pytest.raises(EngineError, match=words) as refusal:
         quick_build(fp32, rtx, workspace_bytes=1)
+    assert refusal.value.fault == "not built"
 
 
 @pytest.mark.skipif(not isinstance(cudart.probe(), str), reason="this machine has a GPU")
 def test_without_a_gpu_the_reason_is_cudas(rtx: TensorRT, fp32: ModelProto) -> None:
-    with pytest.raises(EngineError, match="tensorrt-rtx: no GPU to build for: "):
+    with pytest.raises(EngineError, match="tensorrt-rtx: no GPU to build for: ") as refusal:
         quick_build(fp32, rtx, target_sm=None)
+    assert refusal.value.fault == "no device"
 
 
 def test_only_rtx_builds_for_another_gpu(rtx: TensorRT) -> None:
@@ -266,8 +398,10 @@ def test_a_missing_library_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
         reason = load_library(flavour)
         assert isinstance(reason, str)
         assert "tensorrt" in reason
-    with pytest.raises(EngineError, match="expected TensorRT or TensorRT-RTX, got neither"):
+    words = "expected TensorRT or TensorRT-RTX, got neither"
+    with pytest.raises(EngineError, match=words) as refusal:
         build(b"", batch=(1, 1, 1), shape=SHAPE)
+    assert refusal.value.fault == "missing library"
 
 
 def test_a_broken_library_is_a_reason(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,6 +409,222 @@ def test_a_broken_library_is_a_reason(tmp_path: Any, monkeypatch: pytest.MonkeyP
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "tensorrt", raising=False)
     assert load_library("tensorrt") == "tensorrt: libnvinfer.so.10: cannot open"
+
+
+@pytest.fixture
+def configs(monkeypatch: pytest.MonkeyPatch) -> list[standin_tensorrt.BuilderConfig]:
+    """Builder configurations of the stand-in, as they were when the build ended."""
+    made = []
+    create = standin_tensorrt.Builder.create_builder_config
+
+    def record(builder: standin_tensorrt.Builder) -> standin_tensorrt.BuilderConfig:
+        made.append(create(builder))
+        return made[-1]
+
+    monkeypatch.setattr(standin_tensorrt.Builder, "create_builder_config", record)
+    return made
+
+
+def stand_in(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, version: str = standin_tensorrt.VERSION
+) -> tuple[StandIn, TensorRT]:
+    module, _ = standin_tensorrt.install(monkeypatch, folder, version)
+    library = load_library("tensorrt")
+    assert isinstance(library, TensorRT), library
+    return module, library
+
+
+def device_build(model: ModelProto, library: TensorRT, **settings: Any) -> tensorrt_build.Built:
+    return quick_build(model, library, **{"target_sm": None} | settings)
+
+
+@pytest.mark.parametrize("version", ["10.3.0.26", "11.4.1.1"])
+def test_full_tensorrt_builds_strongly_typed_and_sets_no_flag(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, configs: list[Any], version: str
+) -> None:
+    _, library = stand_in(monkeypatch, tmp_path, version)
+    built = device_build(to_float16(Network(quantized=True).model()), library)
+    assert (built.typing, built.attempts) == ("strong", ())
+    assert [config.flags for config in configs] == [set()]
+    assert plan_header(built.plan) == PlanHeader("tensorrt", version, None)
+
+
+def test_a_quantized_graph_that_strong_typing_refuses_is_built_weakly_typed_on_10(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    configs: list[Any],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    module, library = stand_in(monkeypatch, tmp_path)
+    module.refuse_strong_dequantize = True
+    told: list[float] = []
+    model = Network(quantized=True).model()
+    built = device_build(model, library, progress=lambda share, phase: told.append(share))
+    assert built.typing == "weak"
+    (attempt,) = built.attempts
+    assert attempt.startswith("strongly typed: no engine: ")
+    assert "Could not infer output types for operation: dequantize" in attempt
+    assert f"{attempt}; trying a weakly typed network" in caplog.messages
+    assert [config.flags for config in configs] == [
+        set(),
+        {module.BuilderFlag.INT8, module.BuilderFlag.FP16},
+    ]
+    assert told == sorted(told)
+
+
+def test_strong_typing_can_be_insisted_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module, library = stand_in(monkeypatch, tmp_path)
+    module.refuse_strong_dequantize = True
+    model = Network(quantized=True).model()
+    with pytest.raises(EngineError, match=r"strongly typed: .*dequantize$"):
+        device_build(model, library, typing="strong")
+    assert device_build(model, library, typing="weak").attempts == ()
+
+
+def test_a_graph_that_both_rungs_refuse_names_both(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module, library = stand_in(monkeypatch, tmp_path)
+    module.unsupported = "Clip"
+    words = "strongly typed: cannot.*: Clip node /net/Clip.*; weakly typed: .*: Clip node /net/Clip"
+    with pytest.raises(EngineError, match=words):
+        device_build(Network(quantized=True).model(), library)
+    with pytest.raises(EngineError, match="strongly typed") as refusal:
+        device_build(Network(quantized=False).model(), library)
+    assert "weakly" not in str(refusal.value)
+    assert module.builds == 0
+
+
+def test_on_11_there_is_no_second_rung_and_the_error_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module, library = stand_in(monkeypatch, tmp_path, "11.4.1.1")
+    module.refuse_strong_dequantize = True
+    with pytest.raises(EngineError, match=r"dequantize \(tensorrt 11.4.1.1 has no weakly typed"):
+        device_build(Network(quantized=True).model(), library)
+
+
+def test_want_of_memory_is_not_tried_again_weakly_typed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, configs: list[Any]
+) -> None:
+    module, library = stand_in(monkeypatch, tmp_path)
+    module.needs_workspace = 64 * MIB
+    model = Network(quantized=True).model()
+    with pytest.raises(EngineError, match=r"OutOfMemory.*allowed 1,048,576 bytes.*workspace_bytes"):
+        device_build(model, library, workspace_bytes=MIB)
+    assert len(configs) == 1
+    assert device_build(model, library, workspace_bytes=64 * MIB).workspace_bytes == 64 * MIB
+
+
+def test_a_timing_cache_is_used_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    module, library = stand_in(monkeypatch, tmp_path)
+    model = Network(quantized=False).model()
+    first = device_build(model, library)
+    again = device_build(model, library, timing_cache=first.timing_cache)
+    assert first.timing_cache == again.timing_cache != b""
+    assert module.timed == 1
+
+
+def test_a_damaged_timing_cache_is_dropped_with_a_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module, library = stand_in(monkeypatch, tmp_path)
+    built = device_build(Network(quantized=False).model(), library, timing_cache=b"garbage")
+    assert built.timing_cache.startswith(b"timings of 10.3")
+    assert module.timed == 1
+    (line,) = caplog.messages
+    assert line.startswith("tensorrt 10.3.0.26: the timing cache of 7 bytes is damaged")
+    assert line.endswith("dropped (the timing cache is damaged or of another version)")
+
+
+def test_scratch_memory_follows_the_device(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, configs: list[Any]
+) -> None:
+    _, library = stand_in(monkeypatch, tmp_path)
+    device = cudart.probe()
+    assert isinstance(device, cudart.Device)
+    built = device_build(Network(quantized=False).model(), library)
+    assert built.workspace_bytes == configs[0].workspace == workspace_for(device)[0]
+
+
+@pytest.mark.parametrize(
+    ("integrated", "free", "size", "words"),
+    [
+        (True, 1024, 256, "up to 256 MiB of scratch memory: a part in 4 of what is free of the"),
+        (True, 60_000, 1024, "up to 1,024 MiB of scratch memory: as much as small networks use"),
+        (False, 1000, 500, "up to 500 MiB of scratch memory: half of the free GPU memory"),
+        (False, 8192, 1024, "small networks use, out of 8,192 MiB"),
+    ],
+)
+def test_scratch_memory_is_a_bounded_share(
+    integrated: bool, free: int, size: int, words: str
+) -> None:
+    device = cudart.Device(
+        ordinal=0,
+        compute_capability=(8, 7),
+        integrated=integrated,
+        free_bytes=free * MIB,
+        total_bytes=2 * free * MIB,
+        runtime_version="12.6",
+        driver_version="12.6",
+    )
+    allowed, reason = workspace_for(device)
+    assert allowed == size * MIB
+    assert words in reason
+
+
+def library_of(version: str, *names: str, flavour: Any = "tensorrt") -> TensorRT:
+    return TensorRT(types.SimpleNamespace(**dict.fromkeys(names)), flavour, version)
+
+
+@pytest.mark.parametrize(
+    ("library", "words"),
+    [
+        (library_of("8.5.2.2", "Builder"), "expected TensorRT 8.6 or newer.*got 8.5.2.2"),
+        (library_of("11.4.0.106"), "only runs engines .the lean or dispatch runtime"),
+    ],
+)
+def test_a_library_that_cannot_build_is_refused_before_it_is_touched(
+    library: TensorRT, words: str
+) -> None:
+    with pytest.raises(EngineError, match=words) as refusal:
+        build(b"", batch=(1, 1, 1), shape=SHAPE, library=library)
+    assert refusal.value.fault == "wrong version"
+    with pytest.raises(EngineError, match=words):
+        preflight(b"", library)
+
+
+@pytest.mark.parametrize("version", ["8.6.1", "10.0.1", "10.3.0.26", "11.4.1.1"])
+def test_newer_ones_may_build(version: str) -> None:
+    assert check_version(library_of(version, "Builder")) == ""
+    assert check_version(library_of("1.7.1.116", "Builder", flavour="tensorrt-rtx")) == ""
+
+
+@pytest.mark.parametrize(("version", "lines"), [("10.2.0.19", 1), ("10.3.0.26", 0)])
+def test_an_untested_version_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    version: str,
+    lines: int,
+) -> None:
+    _, library = stand_in(monkeypatch, tmp_path, version)
+    device_build(Network(quantized=False).model(), library)
+    assert len([line for line in caplog.messages if "untested" in line]) == lines
+
+
+def test_preflight_of_full_tensorrt_asks_cuda_first(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module, library = stand_in(monkeypatch, tmp_path)
+    module.unsupported = "Gemm"
+    model = Network(quantized=False).model().SerializeToString()
+    (gemm,) = preflight(model, library)
+    assert gemm.startswith("Gemm node /net/Gemm")
+    monkeypatch.setenv("FAKE_CUDA_ERROR", "100")
+    with pytest.raises(EngineError, match="no GPU to build for") as refusal:
+        preflight(model, library)
+    assert refusal.value.fault == "no device"
 
 
 def test_there_is_one_logger_and_ears_come_and_go(rtx: TensorRT) -> None:
