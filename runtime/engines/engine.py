@@ -6,7 +6,8 @@ belong to the classifier: an engine turns preprocessed bytes into numbers and no
 
 import abc
 import types
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,9 @@ from runtime.errors import EngineError
 
 UInt8 = npt.NDArray[np.uint8]
 Float32 = npt.NDArray[np.float32]
+
+Provider = Literal["cpu", "cuda", "tensorrt"]
+PROVIDER_TITLES: dict[Provider, str] = {"cpu": "CPU", "cuda": "CUDA", "tensorrt": "TensorRT"}
 
 _UINT8 = np.dtype(np.uint8)
 _Self = TypeVar("_Self", bound="Engine")  # typing.Self needs Python 3.11
@@ -40,17 +44,17 @@ class Engine(abc.ABC):
         *,
         name: str,
         version: str,
-        provider: str,
+        provider: Provider,
         form: str,
         shape: tuple[int, int, int],
         max_batch: int | None = None,
     ) -> None:
         self.name = name
-        """The library: ``onnxruntime``, ``tensorrt`` or ``tensorrt-rtx``."""
+        """The library: ``onnxruntime``, ``openvino``, ``tensorrt`` or ``tensorrt-rtx``."""
         self.version = version
         """The library's version."""
         self.provider = provider
-        """Where it computes, as verified after loading: ``cpu`` or ``cuda``."""
+        """Where it computes, as verified after loading; ``tensorrt`` is that inside onnxruntime."""
         self.form = form
         """Which form of the model it runs, e.g. ``fp32`` or ``int8-cpu``: runtime.manifest.Form."""
         self.shape = shape
@@ -131,10 +135,56 @@ class Engine(abc.ABC):
         self.close()
 
     def __str__(self) -> str:
-        return f"{self.name} {self.provider.upper()}, {self.form}"
+        return f"{self.name} {PROVIDER_TITLES[self.provider]}, {self.form}"
+
+
+Tensor = tuple[str, str, Sequence[int | None]]
+"""Name, dtype as NumPy names it, and dimensions, None where they are dynamic."""
+
+
+def input_shape(
+    form: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
+) -> tuple[int, int, int]:
+    """Height, width and channels of ``image``, once a loaded graph is known to keep the contract.
+
+    Raises EngineError, refused artifact, if it does not.
+    """
+    if [(name, dtype, len(sides)) for name, dtype, sides in inputs] != [("image", "uint8", 4)]:
+        raise EngineError(
+            f"{form}: expected one input image, uint8 [N, H, W, C], got {_listed(inputs)}",
+            "refused artifact",
+        )
+    found = {name: (dtype, len(sides)) for name, dtype, sides in outputs}
+    if any(found.get(name) != ("float32", 2) for name in Outputs._fields):
+        raise EngineError(
+            f"{form}: expected outputs logits and features, float32 of two axes, got "
+            f"{_listed(outputs)}",
+            "refused artifact",
+        )
+    _, height, width, channels = inputs[0][2]
+    if height is None or width is None or channels is None:
+        raise EngineError(
+            f"{form}: expected fixed height, width and channels, got {_listed(inputs)}; only the "
+            "batch axis may be dynamic",
+            "refused artifact",
+        )
+    return height, width, channels
+
+
+def _listed(tensors: Sequence[Tensor]) -> str:
+    """``image, uint8 [?, 6, 5, 3]`` for each."""
+    return "; ".join(
+        f"{name}, {dtype} [{', '.join('?' if side is None else str(side) for side in sides)}]"
+        for name, dtype, sides in tensors
+    )
 
 
 def logits_of(engine: Engine, images: UInt8, batch: int = 16) -> Float32:
     """Logits ``[N, K]`` of uint8 ``images [N, H, W, C]``, so many at a time."""
     rows = [engine.infer(images[i : i + batch]).logits for i in range(0, len(images), batch)]
     return np.concatenate(rows)
+
+
+def one_line(error: Exception) -> str:
+    """What a library says in many lines, short enough for a sentence of ours."""
+    return " ".join(str(error).split())[:400]
