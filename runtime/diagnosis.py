@@ -69,10 +69,13 @@ class Cuda(msgspec.Struct, frozen=True, kw_only=True):
 class Cache(msgspec.Struct, frozen=True, kw_only=True):
     """Where built engines are kept."""
 
-    folder: str
+    folder: str | None
     unwritable: str
     """Why it cannot be written; empty if it can."""
     free_bytes: int
+    """On the disk of the folder; 0 if it cannot be written."""
+    plans: int
+    plans_bytes: int
 
 
 class Look(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,7 +95,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     cuda: Cuda
     tensorrt: dict[str, Library]
     onnxruntime: OnnxRuntime
-    cache: Cache | None
+    cache: Cache
     look_at: tuple[Look, ...]
 
 
@@ -101,7 +104,7 @@ def what_to_look_at(
     cuda: Cuda,
     tensorrt: Mapping[str, Library],
     onnxruntime: OnnxRuntime,
-    cache: Cache | None,
+    cache: Cache,
 ) -> tuple[Look, ...]:
     """What a support engineer would ask about next, most fundamental first."""
     decisions = [
@@ -239,16 +242,17 @@ def _not_opened(name: str, provider: Provider) -> Look | None:
     )
 
 
-def _cache(cache: Cache | None) -> Look | None:
-    if cache is None:
-        return None
+def _cache(cache: Cache) -> Look | None:
     if cache.unwritable:
-        why = f"cannot be written, so engines are built again at every start: {cache.unwritable}"
+        why = f"engines are built again at every start: {cache.unwritable}"
     elif cache.free_bytes < PLANS_NEED:
-        why = f"has {gib(cache.free_bytes)} GiB left on its disk, expected {gib(PLANS_NEED)}"
+        why = (
+            f"{gib(cache.free_bytes)} GiB left on the disk of {cache.folder}, expected "
+            f"{gib(PLANS_NEED)}: plans may not be kept"
+        )
     else:
         return None
-    return Look(what="cache of engines", reason=f"{cache.folder} {why}")
+    return Look(what="cache of engines", reason=why)
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ process of its own. The JSON form of a report is ``msgspec.to_builtins``; ``text
 
 import importlib.metadata
 import platform
+import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -50,7 +51,7 @@ def examine(timeout_s: float = trials.TIMEOUT_S) -> Report:
     here = machine.describe()
     cuda = _cuda()
     tensorrt, onnxruntime = _libraries(timeout_s)
-    cache = None
+    cache = _cache()
     return Report(
         fieldfit=__version__,
         python=f"{platform.python_version()} ({sys.executable})",
@@ -99,6 +100,20 @@ def _cuda() -> Cuda:
             cuda_runtime=device.runtime_version,
             cuda_driver=device.driver_version,
         )
+    )
+
+
+def _cache() -> Cache:
+    from runtime.engines.plan_cache import PlanCache
+
+    cache = PlanCache.default()
+    unwritable = cache.writable()  # this makes the folder
+    return Cache(
+        folder=str(cache.folder) if cache.folder else None,
+        unwritable=unwritable,
+        free_bytes=0 if unwritable or not cache.folder else shutil.disk_usage(cache.folder).free,
+        plans=len(cache.entries()),
+        plans_bytes=cache.size(),
     )
 
 
@@ -192,7 +207,7 @@ def sections_of(report: Report) -> dict[str, Rows]:
             for name, library in report.tensorrt.items()
         ],
         "onnxruntime": _onnxruntime_rows(report.onnxruntime),
-        **({"cache of engines": _cache_rows(report.cache)} if report.cache else {}),
+        "cache of engines": _cache_rows(report.cache),
     }
 
 
@@ -296,8 +311,9 @@ def _onnxruntime_rows(onnxruntime: OnnxRuntime) -> Rows:
 
 
 def _cache_rows(cache: Cache) -> Rows:
-    return [
-        ("folder", cache.folder),
+    rows = [
+        ("folder", cache.folder or "none"),
         ("writable", f"no: {cache.unwritable}" if cache.unwritable else "yes, tried"),
-        ("disk", f"{gib(cache.free_bytes)} GiB free"),
+        ("plans", f"{cache.plans}, {cache.plans_bytes / 2**20:.1f} MiB"),
     ]
+    return rows if cache.unwritable else [*rows, ("disk", f"{gib(cache.free_bytes)} GiB free")]

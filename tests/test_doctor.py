@@ -76,6 +76,11 @@ class InferenceSession:
 '''
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FIELDFIT_CACHE", str(tmp_path / "cache"))
+
+
 def install(folder: Path, packages: Mapping[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let processes started from here import these modules first."""
     for name, source in packages.items():
@@ -200,6 +205,10 @@ def test_every_section_is_read_from_what_is_there(broken: Report) -> None:
         "tensorrt-lean": Library(reason="its process crashed (SIGSEGV)"),
         "tensorrt-dispatch": Library(reason="No module named 'tensorrt_dispatch'"),
     }
+    cache = broken.cache
+    assert cache.folder is not None
+    assert (Path(cache.folder).name, cache.unwritable, cache.plans) == ("cache", "", 0)
+    assert cache.free_bytes > 0
     assert broken.onnxruntime.library == Library(version="1.23.0")
     opens = {name: provider.opens for name, provider in broken.onnxruntime.providers.items()}
     assert opens == {
@@ -218,8 +227,10 @@ def test_the_text_has_a_section_for_each_and_fits_into_a_ticket(broken: Report) 
     lines = doctor.text(broken, bundle).splitlines()
     assert max(map(len, lines)) <= 100
     titles = [line for line in lines if line and not line.startswith(" ")]
-    assert titles[:4] == ["machine", "cuda", "tensorrt", "onnxruntime"]
-    assert titles[-2:] == ["bundle", "what to look at"]
+    assert titles == [
+        "machine", "cuda", "tensorrt", "onnxruntime", "cache of engines", "bundle",
+        "what to look at",
+    ]  # fmt: skip
     words = " ".join(" ".join(lines).split())
     assert "capability 8.7, integrated" in words
     assert "gpu memory 5.0 of 8.0 GiB free" in words
@@ -265,6 +276,20 @@ def test_an_onnxruntime_built_for_numpy_1_is_seen_though_it_imports(
     assert Look(what="numpy", reason=f"{reason}import; pip install 'numpy<2'") in report.look_at
 
 
+def test_a_cache_that_cannot_be_written_deserves_a_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("FIELDFIT_CACHE", str(tmp_path / "file"))
+    report = doctor.examine()
+    reason = f"{tmp_path}/file: expected a folder, got a file"
+    assert report.cache.unwritable == reason
+    assert [look.reason for look in report.look_at if look.what == "cache of engines"] == [
+        f"engines are built again at every start: {reason}"
+    ]
+    assert f"writable no: {reason}" in " ".join(doctor.text(report).split())
+
+
 def test_an_onnxruntime_that_cannot_be_imported_lists_no_providers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -301,7 +326,13 @@ HEALTHY_ONNXRUNTIME = OnnxRuntime(
     built_for_numpy_1=False,
 )
 TENSORRT = {"tensorrt": Library(version="10.3.0"), "tensorrt-rtx": Library(reason="no module")}
-CACHE = Cache(folder="/var/cache/fieldfit", unwritable="", free_bytes=20 * 2**30)
+CACHE = Cache(
+    folder="/var/cache/fieldfit",
+    unwritable="",
+    free_bytes=20 * 2**30,
+    plans=2,
+    plans_bytes=3 * 2**20,
+)
 
 
 def looks(
@@ -309,7 +340,7 @@ def looks(
     cuda: Cuda = Cuda(gpu=HEALTHY_GPU),  # noqa: B008 - frozen
     tensorrt: Mapping[str, Library] = TENSORRT,
     onnxruntime: OnnxRuntime = HEALTHY_ONNXRUNTIME,
-    cache: Cache | None = CACHE,
+    cache: Cache = CACHE,
 ) -> dict[str, str]:
     found = what_to_look_at(here, cuda, tensorrt, onnxruntime, cache)
     return {look.what: look.reason for look in found}
@@ -413,15 +444,10 @@ def test_numpy_2_with_an_onnxruntime_for_numpy_1_deserves_a_look(
     assert list(found) == (["numpy"] if deserves else [])
 
 
-def test_a_cache_that_cannot_be_written_or_is_full_deserves_a_look() -> None:
-    refused = msgspec.structs.replace(CACHE, unwritable="read-only file system")
-    assert looks(cache=refused) == {
-        "cache of engines": "/var/cache/fieldfit cannot be written, so engines are built again at "
-        "every start: read-only file system"
-    }
+def test_a_cache_that_is_full_deserves_a_look() -> None:
     full = msgspec.structs.replace(CACHE, free_bytes=2**28)
     assert looks(cache=full)["cache of engines"].startswith(
-        "/var/cache/fieldfit has 0.2 GiB left on its disk"
+        "0.2 GiB left on the disk of /var/cache/fieldfit, expected 1.0"
     )
 
 
@@ -437,7 +463,10 @@ def test_a_cache_that_cannot_be_written_or_is_full_deserves_a_look() -> None:
         ("jetson_thor", "shared with the GPU; no swap"),
         ("raspberry_pi_3", "model Raspberry Pi 3 Model B Rev 1.2 jetson no"),
         ("debian_pc", "driver 570.195.03 gpu NVIDIA RTX A2000 12GB cuda no: none"),
-        ("debian_pc", "folder /var/cache/fieldfit writable yes, tried disk 20.0 GiB free"),
+        (
+            "debian_pc",
+            "folder /var/cache/fieldfit writable yes, tried plans 2, 3.0 MiB disk 20.0 GiB free",
+        ),
         ("debian_pc", "what to look at nothing that stands out"),
     ],
 )
