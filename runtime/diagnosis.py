@@ -109,6 +109,7 @@ def what_to_look_at(
     """What a support engineer would ask about next, most fundamental first."""
     decisions = [
         _clock(here),
+        _l4t_hidden(here),
         _throttled(here),
         _slow_mode(here),
         _no_int8(here),
@@ -130,6 +131,16 @@ def _clock(here: Machine) -> Look | None:
         what="clock",
         reason=f"it says {here.time:%Y-%m-%d}, which is long past: certificates and signatures "
         "will be refused; set the time, or give the board a battery or NTP",
+    )
+
+
+def _l4t_hidden(here: Machine) -> Look | None:
+    if here.l4t is not None or not here.is_jetson:
+        return None
+    return Look(
+        what="jetson",
+        reason=f"{here.model}, but its L4T release cannot be read, so a built engine would not be "
+        "replaced when L4T is: mount /etc/nv_tegra_release into the container",
     )
 
 
@@ -173,7 +184,7 @@ def _no_gpu(here: Machine, cuda: Cuda, tensorrt: Mapping[str, Library]) -> Look 
     if cuda.gpu is not None:
         return None
     installed = [name for name, library in tensorrt.items() if library.version]
-    if here.l4t:
+    if here.is_jetson:
         why = f"this is a Jetson, but its GPU cannot be used: {cuda.reason}"
     elif installed:
         why = f"{', '.join(installed)} is installed, but no GPU can be used: {cuda.reason}"

@@ -46,11 +46,11 @@ ONNXRUNTIME_PACKAGES = (
 """They all install the same folder ``onnxruntime``: of two, one overwrites half of the other."""
 
 
-def examine(timeout_s: float = trials.TIMEOUT_S) -> Report:
-    """Look at this machine. Takes about a second, and up to ``timeout_s`` for what hangs."""
+def examine() -> Report:
+    """Look at this machine. Takes about a second, and ``trials.TIMEOUT_S`` for what hangs."""
     here = machine.describe()
     cuda = _cuda()
-    tensorrt, onnxruntime = _libraries(timeout_s)
+    tensorrt, onnxruntime = _libraries()
     cache = _cache()
     return Report(
         fieldfit=__version__,
@@ -117,12 +117,12 @@ def _cache() -> Cache:
     )
 
 
-def _libraries(timeout_s: float) -> tuple[dict[str, Library], OnnxRuntime]:
+def _libraries() -> tuple[dict[str, Library], OnnxRuntime]:
     imports = {name: ("import", module) for name, module in TENSORRT_MODULES.items()}
-    outcomes = trials.run_trials({"onnxruntime": ("providers",), **imports}, timeout_s)
+    outcomes = trials.run_trials({"onnxruntime": ("providers",), **imports})
     listing = outcomes.pop("onnxruntime")
     listed: list[str] = listing.answer["providers"] if listing.answer else []
-    opened = trials.run_trials({name: ("open", name) for name in listed}, timeout_s)
+    opened = trials.run_trials({name: ("open", name) for name in listed})
     return (
         {name: _library(outcome) for name, outcome in outcomes.items()},
         OnnxRuntime(
@@ -221,12 +221,12 @@ def _machine_rows(report: Report) -> Rows:
         ("system", f"Linux {here.kernel} {here.architecture}"),
         ("distribution", here.distribution),
         ("model", here.model),
-        ("jetson", f"L4T {here.l4t}, JetPack {here.jetpack}" if here.l4t else "no"),
+        ("jetson", _jetson(here)),
         ("container", here.container or "none seen"),
         ("cpu", f"{here.cpu}, {here.cores} cores for this process"),
         ("int8 on cpu", ", ".join(here.int8_instructions) or "no dot-product instructions"),
         ("memory", _memory(here)),
-        *(_jetson_rows(here) if here.l4t else ()),
+        *(_jetson_rows(here) if here.is_jetson else ()),
         ("clocks", ", ".join(_frequency(*item) for item in here.frequencies.items()) or None),
         ("governor", here.governor),
         (
@@ -242,11 +242,17 @@ def _machine_rows(report: Report) -> Rows:
 def _memory(here: Machine) -> str | None:
     if here.memory is None:
         return None
-    shared = ", shared with the GPU" if here.l4t else ""
+    shared = ", shared with the GPU" if here.is_jetson else ""
     swap = f"{gib(here.memory.swap_free)} of {gib(here.memory.swap_total)} GiB"
     return f"{gib(here.memory.available)} of {gib(here.memory.total)} GiB available{shared}; " + (
         f"swap {swap} free" if here.memory.swap_total else "no swap"
     )
+
+
+def _jetson(here: Machine) -> str:
+    if here.l4t:
+        return f"L4T {here.l4t}, JetPack {here.jetpack}"
+    return "yes, with an L4T that cannot be read" if here.is_jetson else "no"
 
 
 def _jetson_rows(here: Machine) -> list[tuple[str, str | None]]:
@@ -285,7 +291,7 @@ def _cuda_rows(here: Machine, cuda: Cuda) -> Rows:
     return [
         *rows,
         ("gpu", ", ".join(here.gpus) or here.model or "not named"),
-        ("capability", f"{gpu.compute_capability}, {kind}"),
+        ("device 0", f"compute capability {gpu.compute_capability}, {kind}"),
         ("gpu memory", f"{gib(gpu.free_bytes)} of {gib(gpu.total_bytes)} GiB free"),
         ("cuda", f"{gpu.cuda_runtime}; the driver knows {gpu.cuda_driver}"),
     ]

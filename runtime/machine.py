@@ -21,6 +21,11 @@ INT8_INSTRUCTIONS = ("avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm")
 """What makes INT8 on a CPU much faster than FP32: x86 VNNI and AMX, ARM dot product."""
 
 JETPACKS = {
+    "R35.2": "5.1",
+    "R35.3": "5.1.1",
+    "R35.4": "5.1.2",
+    "R35.5": "5.1.3",
+    "R35.6": "5.1.4 or 5.1.5",
     "R36.3": "6.0",
     "R36.4": "6.1 or 6.2",
     "R36.5": "6.2.2",
@@ -28,7 +33,7 @@ JETPACKS = {
     "R38.4": "7.1",
     "R39.2": "7.2",
 }
-"""JetPack of each L4T (NVIDIA's JetPack download pages); a dpkg entry says it more exactly."""
+"""JetPack of each L4T (NVIDIA's JetPack archive); a dpkg entry says it more exactly."""
 
 _RELEASE = re.compile(r"R(\d+) \(release\), REVISION: ([\d.]+)")
 _POWER_MODE = re.compile(r"<\s*POWER_MODEL\s+ID=(\d+)\s+NAME=(\S+)\s*>")
@@ -115,6 +120,11 @@ class Machine(msgspec.Struct, frozen=True, kw_only=True):
     nvidia_driver: str | None
     gpus: tuple[str, ...]
     """Names that the NVIDIA driver gives; it gives none on a Jetson."""
+
+    @property
+    def is_jetson(self) -> bool:
+        """By L4T, or by the board's name: a container may see only that."""
+        return self.l4t is not None or "Jetson" in (self.model or "")
 
 
 def describe(root: Path = ROOT) -> Machine:

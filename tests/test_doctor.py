@@ -232,7 +232,7 @@ def test_the_text_has_a_section_for_each_and_fits_into_a_ticket(broken: Report) 
         "what to look at",
     ]  # fmt: skip
     words = " ".join(" ".join(lines).split())
-    assert "capability 8.7, integrated" in words
+    assert "device 0 compute capability 8.7, integrated" in words
     assert "gpu memory 5.0 of 8.0 GiB free" in words
     assert "cuda 12.6; the driver knows 13.2" in words
     assert "tensorrt 10.3.0, imports tensorrt-rtx no: libnvinfer.so.10" in words
@@ -371,6 +371,14 @@ def test_a_clock_in_the_past_deserves_a_look() -> None:
     found = looks(msgspec.structs.replace(HEALTHY_MACHINE, time=epoch))
     assert list(found) == ["clock"]
     assert found["clock"].startswith("it says 1970-01-01, which is long past")
+
+
+def test_a_container_that_hides_the_release_of_l4t_deserves_a_look() -> None:
+    hidden = msgspec.structs.replace(HEALTHY_MACHINE, l4t=None, jetpack=None)
+    assert looks(hidden)["jetson"].startswith(
+        "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super, but its L4T release "
+        "cannot be read"
+    )
 
 
 def test_heat_that_slows_the_board_deserves_a_look() -> None:
