@@ -46,7 +46,7 @@ def show(release: Release) -> None:
     if engines and engines[0].gpu is None and engines[0].built:
         first = engines[0]
         console.say(
-            f"engines were built by {first.flavour} {first.version} for {first.target} and not "
+            f"engines were built by {first.flavour} {first.version} for {first.targets} and not "
             f"run: {first.gpu_reason}"
         )
 

@@ -464,7 +464,7 @@ def test_a_quantized_graph_that_strong_typing_refuses_is_built_weakly_typed_on_1
     (attempt,) = built.attempts
     assert attempt.startswith("strongly typed: no engine: ")
     assert "Could not infer output types for operation: dequantize" in attempt
-    assert f"{attempt}; trying a weakly typed network" in caplog.messages
+    assert f"tensorrt 10.3.0.26: {attempt}; trying a weakly typed network" in caplog.messages
     assert [config.flags for config in configs] == [
         set(),
         {module.BuilderFlag.INT8, module.BuilderFlag.FP16},
@@ -664,8 +664,9 @@ def test_a_plan_header_is_read_without_tensorrt(plan: bytes, header: PlanHeader)
     ],
 )
 def test_what_is_no_plan_is_refused(plan: bytes, words: str) -> None:
-    with pytest.raises(EngineError, match=words):
+    with pytest.raises(EngineError, match=words) as refusal:
         plan_header(plan)
+    assert refusal.value.fault == "refused artifact"
 
 
 # From logs of TensorRT-RTX 1.7, shortened: a shape kernel, a kernel that pads for a depthwise

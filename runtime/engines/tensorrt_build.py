@@ -156,7 +156,8 @@ def build(
         monitor = _make_monitor(library.module, progress, interrupted)
         for rung in _rungs(library, typing, model):
             if attempts:
-                _log.warning("%s; trying a %sly typed network", attempts[-1], rung)
+                words = f"{library.flavour} {library.version}: {attempts[-1]}"
+                _log.warning("%s; trying a %sly typed network", words, rung)
             result = _build(library, order, rung, heard, monitor)
             if isinstance(result, Built):
                 seconds = time.perf_counter() - started

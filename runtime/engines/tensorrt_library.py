@@ -120,11 +120,13 @@ def plan_header(plan: bytes) -> PlanHeader:
     if flavour is None or len(plan) < _HEADER_BYTES:
         raise EngineError(
             f"expected a TensorRT plan, which starts with ftrt or vtrt, got {len(plan):,} bytes "
-            f"that start with {plan[:4]!r}; build the engine again"
+            f"that start with {plan[:4]!r}; build the engine again",
+            "refused artifact",
         )
     size = int.from_bytes(plan[16:24], "little") if flavour == "tensorrt-rtx" else None
     if size not in (None, len(plan)):
         raise EngineError(
-            f"{flavour} plan: expected {size:,} bytes, got {len(plan):,}; build the engine again"
+            f"{flavour} plan: expected {size:,} bytes, got {len(plan):,}; build the engine again",
+            "refused artifact",
         )
     return PlanHeader(flavour, ".".join(str(number) for number in plan[24:28]), size)
