@@ -7,7 +7,6 @@ TensorRT-RTX plan is in ``test_plan_cache_damage.py``.
 import contextlib
 import hashlib
 import os
-import random
 import shutil
 import subprocess
 import sys
@@ -25,39 +24,14 @@ from runtime.engines.plan_cache import (
     Plan,
     PlanCache,
     PlanKey,
+    Value,
     cache_folder,
     difference,
     supersedes,
 )
+from tests.plan_files import KEY, NOBODY, changed, keep, make_plan, never
 
 ROOT = Path(__file__).resolve().parent.parent
-NOBODY = 65534
-KEY = PlanKey(
-    flavour="tensorrt",
-    version="10.3.0.30",
-    gpu="8.7",
-    platform="linux-aarch64 L4T R36.4.3",
-    cuda="12.6, driver 12.6",
-    model_sha256="12ab" * 16,
-    form="int8",
-    options={"batch": [1, 1, 8], "level": 3, "typing": "auto"},
-)
-
-
-def make_plan(version: str = "10.3.0.30", size: int = 2000, seed: int = 0) -> bytes:
-    numbers = bytes(int(number) for number in version.split("."))
-    return b"ftrt" + bytes(20) + numbers + random.Random(seed).randbytes(size - 28)
-
-
-def changed(**parts: Any) -> PlanKey:
-    return msgspec.structs.replace(KEY, **parts)
-
-
-def keep(cache: PlanCache, key: PlanKey = KEY, plan: bytes | None = None) -> str:
-    plan = plan or make_plan(key.version)
-    with cache.lock(key, pytest.fail) as unlocked:
-        assert unlocked == ""
-        return cache.keep(key, plan, seconds=1.5, typing="strong")
 
 
 def found(cache: PlanCache, key: PlanKey = KEY) -> bytes:
@@ -94,7 +68,7 @@ def again(cache: PlanCache) -> PlanCache:
 def test_what_was_kept_is_found_by_another_process_with_its_record(cache: PlanCache) -> None:
     plan = make_plan()
     assert cache.find(KEY) == "no plan yet"
-    notes = {"milliseconds": 1.25, "memory": "mapped", "graph": True, "calls": 3}
+    notes: dict[str, Value] = {"milliseconds": 1.25, "memory": "mapped", "graph": True, "calls": 3}
     reason = cache.keep(
         KEY, plan, seconds=301.5, typing="weak", attempts=["strong: no kernel"], notes=notes
     )
@@ -412,12 +386,16 @@ def test_after_every_refusal_a_new_plan_takes_the_place(cache: PlanCache) -> Non
     (plan,) = (cache.folder or Path()).glob("plans/*.plan")
     (record,) = (cache.folder or Path()).glob("plans/*.json")
     for file in (plan, record):
-        for spoil in (file.unlink, lambda: file.write_bytes(b""), lambda: turn_into_pipe(file)):
-            spoil()
+        for spoil in (Path.unlink, empty, turn_into_pipe):
+            spoil(file)
             assert isinstance(again(cache).find(KEY), str)
             assert keep(again(cache)) == ""
             assert found(again(cache)) == make_plan()
             assert len(names(cache.folder or Path())) == 2
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
 
 
 def turn_into_pipe(file: Path) -> None:
@@ -442,13 +420,13 @@ def test_without_a_folder_everything_says_so(tmp_path: Path) -> None:
     cache = PlanCache(None)
     sentence = "there is no cache folder; set FIELDFIT_CACHE to one"
     assert cache.find(KEY) == sentence
-    assert cache.keep(KEY, make_plan(), seconds=1, typing="strong") == sentence
+    assert keep(cache) == sentence
     assert cache.keep_timing("tensorrt", "10.3.0.30", "8.7", b"x") == sentence
     assert cache.remove(KEY) == sentence
     assert cache.writable() == sentence
     assert cache.timing("tensorrt", "10.3.0.30", "8.7") == b""
     assert (cache.entries(), cache.size()) == ([], 0)
-    with cache.lock(KEY, pytest.fail) as unlocked:
+    with cache.lock(KEY, never) as unlocked:
         assert unlocked == sentence
 
 
@@ -459,9 +437,9 @@ def test_a_file_in_the_folders_place_is_named(tmp_path: Path, place: str) -> Non
     (tmp_path / place).write_text("")
     sentence = f"{tmp_path / place}: expected a folder, got a file"
     assert cache.writable() == sentence
-    assert cache.keep(KEY, make_plan(), seconds=1, typing="strong") == sentence
+    assert keep(cache) == sentence
     assert why(cache) in (sentence, f"{tmp_path / place}: Not a directory")
-    with cache.lock(KEY, pytest.fail) as unlocked:
+    with cache.lock(KEY, never) as unlocked:
         assert unlocked == sentence
 
 
@@ -500,11 +478,7 @@ def test_what_another_user_owns_is_refused(cache: PlanCache, part: str) -> None:
     os.chown(target, NOBODY, NOBODY)
     assert f"{target}: owned by another user (uid {NOBODY})" in why(cache)
     if not part:
-        assert "owned by another user" in keep_unlocked(cache)
-
-
-def keep_unlocked(cache: PlanCache) -> str:
-    return cache.keep(KEY, make_plan(), seconds=1, typing="strong")
+        assert "owned by another user" in keep(cache)
 
 
 # --- other processes
@@ -513,13 +487,13 @@ SCRIPT = """
 import os, random, sys
 from pathlib import Path
 from runtime.engines.plan_cache import Plan, PlanCache
-from tests.test_plan_cache import KEY, changed, keep, keep_unlocked, make_plan, names
+from tests.plan_files import KEY, become_nobody, changed, keep, make_plan
 folder = Path(sys.argv[1])
 cache = PlanCache(folder)
 """
 
 
-def start(code: str, folder: Path, *before: str, **options: Any) -> "subprocess.Popen[str]":
+def start(code: str, folder: Path, *before: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [*before, sys.executable, "-c", SCRIPT + code, str(folder)],
         cwd=ROOT,
@@ -528,20 +502,18 @@ def start(code: str, folder: Path, *before: str, **options: Any) -> "subprocess.
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        **options,
     )
 
 
-def run(code: str, folder: Path, *before: str, **options: Any) -> list[str]:
+def run(code: str, folder: Path, *before: str) -> list[str]:
     """The lines that ``code`` prints in a process of its own."""
-    with start(code, folder, *before, **options) as process:
+    with start(code, folder, *before) as process:
         out, err = process.communicate()
         assert process.returncode == 0, err
         return out.splitlines()
 
 
 BUILD_ONCE = """
-waited = []
 def waiting(pid):
     print("waits for", pid, flush=True)
 with cache.lock(KEY, waiting) as unlocked:
@@ -551,7 +523,7 @@ with cache.lock(KEY, waiting) as unlocked:
     else:
         print("builds:", found, flush=True)
         sys.stdin.readline()
-        print("kept", keep_unlocked(cache))
+        print("kept", cache.keep(KEY, make_plan(), seconds=1, typing="strong"))
 """
 
 
@@ -580,7 +552,7 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
 
 
 def test_other_keys_are_not_locked(cache: PlanCache) -> None:
-    with cache.lock(KEY, pytest.fail) as first, cache.lock(changed(gpu="1"), pytest.fail) as second:
+    with cache.lock(KEY, never) as first, cache.lock(changed(gpu="1"), never) as second:
         assert (first, second) == ("", "")
 
 
@@ -624,7 +596,6 @@ def test_a_process_that_dies_at_any_step_leaves_the_old_plan_or_the_new_one(
 KILLS = """
 import signal, time
 dice = random.Random(5)
-lines = []
 for kill in range(30):
     read, write = os.pipe()
     pid = os.fork()
@@ -638,7 +609,6 @@ for kill in range(30):
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     os.close(read), os.close(write)
-    dice.random()
     found = PlanCache(folder).find(KEY)
     whole = found if isinstance(found, str) else len(found.plan)
     print(whole)
@@ -655,9 +625,10 @@ def test_thirty_killed_writers_leave_whole_plans(tmp_path: Path) -> None:
 
 # --- disks that are full, read-only, or not ours
 
+AS_NOBODY = "become_nobody()"
 ANSWERS = """
 print(cache.writable())
-print(keep_unlocked(cache))
+print(keep(cache))
 with cache.lock(KEY, print) as unlocked:
     print(unlocked)
 print(cache.find(KEY) if isinstance(cache.find(KEY), str) else "found")
@@ -672,44 +643,29 @@ def public_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-def another_user() -> dict[str, Any]:
-    """Options of a process that permissions bind; skips where there can be none."""
-    options: dict[str, Any] = {}
-    if os.geteuid() == 0:
-        options = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
-    try:
-        subprocess.run([sys.executable, "-c", "import msgspec"], check=True, **options)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("another user cannot run this Python")
-    return options
-
-
 def test_a_folder_that_may_not_be_written_is_a_sentence_and_its_plans_are_found() -> None:
-    options = another_user()
     with public_folder() as folder:
         keep(PlanCache(folder))
         (folder / "plans").chmod(0o555)
         sentence = f"{folder}: Permission denied"
-        assert run(ANSWERS, folder, **options) == [sentence, sentence, sentence, "found"]
+        assert run(AS_NOBODY + ANSWERS, folder) == [sentence, sentence, sentence, "found"]
         (folder / "plans").chmod(0o700)
 
 
 def test_a_folder_that_may_not_be_read_is_a_sentence() -> None:
-    options = another_user()
     with public_folder() as folder:
         keep(PlanCache(folder))
         (folder / "plans").chmod(0o000)
         sentence = f"{folder}: Permission denied"
-        assert run(ANSWERS, folder, **options) == [sentence] * 4
+        assert run(AS_NOBODY + ANSWERS, folder) == [sentence] * 4
         (folder / "plans").chmod(0o700)
 
 
 def test_a_folder_that_may_not_be_made_is_a_sentence() -> None:
-    options = another_user()
     with public_folder() as folder:
         folder.chmod(0o555)
         sentence = f"{folder / 'new'}: Permission denied"
-        assert run(ANSWERS, folder / "new", **options) == [sentence] * 3 + ["no plan yet"]
+        assert run(AS_NOBODY + ANSWERS, folder / "new") == [sentence] * 3 + ["no plan yet"]
 
 
 def mounting(how: str) -> list[str]:
@@ -725,7 +681,7 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path: Path) -> None:
     code = """
 keep(cache)
 print(cache.keep(changed(form="fp16"), make_plan(size=200_000), seconds=1, typing="strong"))
-print(len(names(folder)), type(cache.find(KEY)).__name__)
+print(len(list((folder / "plans").iterdir())), type(cache.find(KEY)).__name__)
 (folder / "rest").write_bytes(bytes(4096))
 try:
     while True:
@@ -734,7 +690,7 @@ try:
 except OSError:
     print(cache.writable())
 print(cache.keep(KEY, make_plan(seed=1), seconds=1, typing="strong"))
-print(len(names(folder)), cache.find(KEY).plan == make_plan())
+print(len(list((folder / "plans").iterdir())), cache.find(KEY).plan == make_plan())
 """
     sentence = f"{tmp_path}: No space left on device"
     expected = [sentence, "2 Plan", sentence, sentence, "2 True"]
