@@ -44,7 +44,7 @@ _log = logging.getLogger(__name__)
 
 Progress = Callable[[float, str], bool | None]
 """Told the share done in [0, 1], which never shrinks, and the builder's phase; returning False
-cancels the build. Called where one of the two changed, from the thread that builds."""
+cancels the build. Called where one of the two changed, and by one thread at a time."""
 
 Typing = Literal["strong", "weak"]
 
@@ -55,10 +55,11 @@ OLDEST_TESTED = (10, 3)
 """JetPack 6.1's."""
 
 WORKSPACE = 1 << 30
-"""Scratch memory that kernels of small networks never need more of, in bytes."""
+"""The most scratch memory that kernels are allowed, in bytes."""
 
-SHARED_PART = 4
-"""What the builder may take of memory that CPU and GPU share: one part in this many."""
+LEAST_WORKSPACE = 1 << 28
+"""What they are allowed even where less seems free. (TensorRT-RTX 1.7 builds EfficientNet-Lite0 for
+16 images of 160 x 160 within 64 MiB in fp32 and fp16, within 128 MiB in int8.)"""
 
 
 class Built(NamedTuple):
@@ -211,19 +212,18 @@ def check_version(library: TensorRT) -> str:
 def workspace_for(device: cudart.Device) -> tuple[int, str]:
     """How much scratch memory kernels may take on ``device``, in bytes, and the reason.
 
-    Where CPU and GPU share one memory, the builder's takings are the operating system's losses,
-    and weights and tensors come on top. (CUDA counts as free there only what is free right now,
-    not what the system could give back: CUDA for Tegra, "Estimating total allocatable memory".)
+    Where CPU and GPU share one memory, what the builder takes the operating system loses, so it
+    gets a smaller part. CUDA counts as free there only what is free right now, not what the system
+    could give back (CUDA for Tegra, "Estimating Total Allocatable Device Memory on an Integrated
+    GPU Device"): hence the least.
     """
-    if device.integrated:
-        size = min(WORKSPACE, device.free_bytes // SHARED_PART)
-        why = f"a part in {SHARED_PART} of what is free of the memory that CPU and GPU share"
-    else:
-        size = min(WORKSPACE, device.free_bytes // 2)
-        why = "half of the free GPU memory"
-    if size == WORKSPACE:
-        why = f"as much as small networks use, out of {device.free_bytes >> 20:,} MiB"
-    return size, f"up to {size >> 20:,} MiB of scratch memory: {why}"
+    part, whose = (4, "memory that CPU and GPU share") if device.integrated else (2, "GPU memory")
+    size = min(WORKSPACE, max(LEAST_WORKSPACE, device.free_bytes // part))
+    bound = {WORKSPACE: ", and that is the most", LEAST_WORKSPACE: ", and that is the least"}
+    return size, (
+        f"up to {size >> 20:,} MiB of scratch memory: {device.free_bytes >> 20:,} MiB of {whose} "
+        f"are free, of which one part in {part} may be used{bound.get(size, '')}"
+    )
 
 
 def _any_library() -> TensorRT:
@@ -350,7 +350,8 @@ def _unbuilt(
 
 
 def _unread(reasons: tuple[str, ...]) -> _Refusal:
-    message = f"cannot read the ONNX graph: {'; '.join(reasons[:3])}"
+    more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
+    message = f"cannot read the ONNX graph: {'; '.join(reasons[:3])}{more}"
     named = any(" node " in reason for reason in reasons)
     return _Refusal(message, "not built" if named else "refused artifact")
 
@@ -501,6 +502,8 @@ def _make_monitor(
     if not hasattr(trt, "IProgressMonitor"):
         return None
 
+    lock = threading.Lock()  # several of the builder's threads may call
+
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
@@ -510,26 +513,32 @@ def _make_monitor(
             self.told = (-1.0, "")
 
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
-            self.phases[phase] = [0, max(steps, 1)]
+            with lock:
+                self.phases[phase] = [0, max(steps, 1)]
 
         def phase_finish(self, phase: str) -> None:
-            self.phases.pop(phase, None)
+            with lock:
+                self.phases.pop(phase, None)
 
         def step_complete(self, phase: str, step: int) -> bool:
-            if phase in self.phases:
-                self.phases[phase][0] = step + 1
-            # Never backwards, not even where a second rung starts over.
-            share = max(self.told[0], _share(self.phases.values()))
-            news = (share, next(reversed(self.phases), phase))
+            with lock:
+                if phase in self.phases:
+                    self.phases[phase][0] = step + 1
+                # Never backwards, not even where a second rung starts over.
+                share = max(self.told[0], _share(self.phases.values()))
+                self._tell((share, next(reversed(self.phases), phase)))
+                return not (self.cancelled or self.raised is not None or interrupted())
+
+        def _tell(self, news: tuple[float, str]) -> None:
             over = self.cancelled or self.raised is not None
-            if progress is not None and news != self.told and not over:
-                self.told = news
-                try:
-                    # Raising would only print a traceback: it is kept until the build returns.
-                    self.cancelled = progress(*news) is False
-                except BaseException as error:
-                    self.raised = error
-            return not (self.cancelled or self.raised is not None or interrupted())
+            if progress is None or over or news == self.told:
+                return
+            self.told = news
+            try:
+                # Raising would only print a traceback: it is kept until the build returns.
+                self.cancelled = progress(*news) is False
+            except BaseException as error:
+                self.raised = error
 
         def reraise(self) -> None:
             if self.raised is not None:
