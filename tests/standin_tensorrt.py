@@ -108,6 +108,8 @@ class StandIn(types.ModuleType):
     fail_runs: bool = False
     fail_capture: bool = False
     """Queueing fails, but only while the stream is being captured."""
+    shares_memory: bool = True
+    """False as before 10.1: contexts cannot be given memory of one size."""
     third_tensor: str = "logits"
     """Another name for the output ``logits`` of engines."""
     on_step: Callable[[], object] | None = None
@@ -143,6 +145,9 @@ class StandIn(types.ModuleType):
         self.MemoryPoolType = members("MemoryPoolType", "WORKSPACE")
         self.ProfilingVerbosity = members("ProfilingVerbosity", "LAYER_NAMES_ONLY", "DETAILED")
         self.LayerInformationFormat = members("LayerInformationFormat", "ONELINE", "JSON")
+        self.ExecutionContextAllocationStrategy = members(
+            "ExecutionContextAllocationStrategy", "STATIC", "ON_PROFILE_CHANGE", "USER_MANAGED"
+        )
         self.TensorIOMode = members("TensorIOMode", "NONE", "INPUT", "OUTPUT")
         self.LayerType = members("LayerType", *_LAYER_TYPES.values(), "ELEMENTWISE")
 
@@ -525,6 +530,8 @@ class Engine:
         tensors = [*self.network.inputs, *self.network.outputs]
         self.tensors = {self._name(tensor.name): tensor for tensor in tensors}
         self.num_io_tensors = len(tensors)
+        if trt.shares_memory:
+            self.device_memory_size_v2 = 512
 
     def _name(self, name: str) -> str:
         return self.trt.third_tensor if name == "logits" else name
@@ -547,11 +554,12 @@ class Engine:
         assert (name, profile) == ("image", 0)
         return [tuple(shape) for shape in self.settings["profile"]]
 
-    def create_execution_context(self) -> "Context | None":
+    def create_execution_context(self, strategy: int = 0) -> "Context | None":
         if self.trt.refuse_context:
             self.trt.say(self.trt.refuse_context)
             return None
-        return Context(self)
+        user_managed = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        return Context(self, needs_scratch=strategy == user_managed)
 
     def create_engine_inspector(self) -> Any:
         return types.SimpleNamespace(get_engine_information=self._information)
@@ -581,8 +589,8 @@ class Engine:
 class Context:
     """An execution context: what it reads and writes are the addresses that it was given."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, needs_scratch: bool) -> None:
+        self.engine, self.needs_scratch = engine, needs_scratch
         self.addresses: dict[str, int] = {}
         self.shape: tuple[int, ...] = ()
         self.settled = False
@@ -597,6 +605,11 @@ class Context:
         self.shape = tuple(shape)
         return True
 
+    def set_device_memory(self, memory: int, size: int) -> None:
+        assert size >= self.engine.device_memory_size_v2
+        ctypes.memset(memory, 0, size)
+        self.needs_scratch = False
+
     def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
         return name in self.engine.tensors
@@ -604,7 +617,7 @@ class Context:
     def execute_async_v3(self, stream: int) -> bool:
         trt = self.engine.trt
         capturing = cudart.load()._library.fakeCapturing(ctypes.c_void_p(stream))
-        if trt.fail_runs:
+        if trt.fail_runs or self.needs_scratch or not self.shape:
             trt.say("enqueueV3: Error Code 1")
             return False
         if capturing and (trt.fail_capture or not self.settled):
@@ -620,6 +633,7 @@ class Context:
         names.remove("image")
         outputs = self.engine.session.run(names, {"image": images})
         for name, values in zip(names, outputs, strict=True):
-            if self.engine.trt.nan_outputs:
+            # A graph whose context was told another shape since has undefined answers.
+            if self.engine.trt.nan_outputs or shape != self.shape:
                 values[...] = np.nan
             ctypes.memmove(addresses[name], values.tobytes(), values.nbytes)

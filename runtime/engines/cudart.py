@@ -7,11 +7,22 @@ TensorRT builds crash the process without one.
 Names follow the library (CUDA Runtime API reference); constants are equal in CUDA 11.8 to 13.0.
 """
 
+import contextlib
 import ctypes
 import importlib.util
 import os
-from collections.abc import Iterator
-from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_size_t, c_uint, c_void_p
+from collections.abc import Callable, Iterator
+from ctypes import (
+    POINTER,
+    byref,
+    c_char_p,
+    c_float,
+    c_int,
+    c_size_t,
+    c_uint,
+    c_ulonglong,
+    c_void_p,
+)
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +31,16 @@ from runtime.errors import EngineError
 _SONAMES = ("libcudart.so.13", "libcudart.so.12", "libcudart.so.11.0", "libcudart.so")
 
 _INSUFFICIENT_DRIVER = 35
+_NO_DEVICE = 100
+_INVALID_DEVICE = 101
+_HOST_ALLOC_DEFAULT = 0
+_HOST_ALLOC_MAPPED = 2
 _STREAM_NON_BLOCKING = 1
+_CAPTURE_THREAD_LOCAL = 1
 _MEMCPY_HOST_TO_DEVICE = 1
 _MEMCPY_DEVICE_TO_HOST = 2
 _ATTRIBUTE_INTEGRATED = 18
+_ATTRIBUTE_CAN_MAP_HOST_MEMORY = 19
 _ATTRIBUTE_CAPABILITY_MAJOR = 75
 _ATTRIBUTE_CAPABILITY_MINOR = 76
 
@@ -38,10 +55,18 @@ _SIGNATURES: dict[str, list[Any]] = {
     "cudaFree": [c_void_p],
     "cudaHostAlloc": [POINTER(c_void_p), c_size_t, c_uint],
     "cudaFreeHost": [c_void_p],
+    "cudaHostGetDevicePointer": [POINTER(c_void_p), c_void_p, c_uint],
     "cudaMemcpyAsync": [c_void_p, c_void_p, c_size_t, c_int, c_void_p],
     "cudaStreamCreateWithFlags": [POINTER(c_void_p), c_uint],
     "cudaStreamSynchronize": [c_void_p],
     "cudaStreamDestroy": [c_void_p],
+    "cudaStreamBeginCapture": [c_void_p, c_int],
+    "cudaStreamEndCapture": [c_void_p, POINTER(c_void_p)],
+    # The one way to instantiate whose arguments are the same in CUDA 11, 12 and 13.
+    "cudaGraphInstantiateWithFlags": [POINTER(c_void_p), c_void_p, c_ulonglong],
+    "cudaGraphLaunch": [c_void_p, c_void_p],
+    "cudaGraphDestroy": [c_void_p],
+    "cudaGraphExecDestroy": [c_void_p],
     "cudaEventCreateWithFlags": [POINTER(c_void_p), c_uint],
     "cudaEventRecord": [c_void_p, c_void_p],
     "cudaEventSynchronize": [c_void_p],
@@ -69,8 +94,9 @@ class Device(NamedTuple):
 _HINTS = {
     2: "free GPU memory, or build the engine for smaller batches",
     _INSUFFICIENT_DRIVER: "there is no NVIDIA driver, or one older than this CUDA: install one",
-    100: "no GPU is visible: check nvidia-smi and CUDA_VISIBLE_DEVICES",
+    _NO_DEVICE: "no GPU is visible: check nvidia-smi and CUDA_VISIBLE_DEVICES",
 }
+_WITHOUT_DEVICE = (_INSUFFICIENT_DRIVER, _NO_DEVICE, _INVALID_DEVICE)
 
 
 class CudaError(EngineError):
@@ -78,7 +104,10 @@ class CudaError(EngineError):
 
     def __init__(self, name: str, code: int, text: str) -> None:
         hint = f" ({_HINTS[code]})" if code in _HINTS else ""
-        super().__init__(f"{name}: CUDA error {code}: {text}{hint}")
+        super().__init__(
+            f"{name}: CUDA error {code}: {text}{hint}",
+            "no device" if code in _WITHOUT_DEVICE else "failed",
+        )
         self.code = code
 
 
@@ -94,7 +123,9 @@ class Cudart:
         for name, arguments in _SIGNATURES.items():
             function = getattr(library, name, None)
             if function is None:
-                raise EngineError(f"{library._name}: expected the function {name}, got none")
+                raise EngineError(
+                    f"{library._name}: expected the function {name}, got none", "missing library"
+                )
             function.argtypes, function.restype = arguments, c_int
         library.cudaGetErrorString.argtypes = [c_int]
         library.cudaGetErrorString.restype = c_char_p
@@ -133,9 +164,22 @@ class Cudart:
         """Give back what malloc gave."""
         self._call("cudaFree", pointer)
 
-    def host_alloc(self, size: int) -> int:
-        """Address of ``size`` new pinned bytes: copies from and to them need no staging."""
-        return self._pointer("cudaHostAlloc", size, 0)
+    def can_map_host_memory(self, ordinal: int) -> bool:
+        """True if this GPU can read and write the host's memory in place."""
+        return bool(self._attribute(_ATTRIBUTE_CAN_MAP_HOST_MEMORY, ordinal))
+
+    def host_alloc(self, size: int, *, mapped: bool = False) -> int:
+        """Address of ``size`` new pinned bytes: copies from and to them need no staging.
+
+        With ``mapped`` the GPU has an address of its own for them, see ``device_pointer``.
+        """
+        return self._pointer(
+            "cudaHostAlloc", size, _HOST_ALLOC_MAPPED if mapped else _HOST_ALLOC_DEFAULT
+        )
+
+    def device_pointer(self, host: int) -> int:
+        """The GPU's address of what host_alloc mapped."""
+        return self._pointer("cudaHostGetDevicePointer", host, 0)
 
     def free_host(self, pointer: int) -> None:
         """Give back what host_alloc gave; arrays over it must be gone."""
@@ -161,6 +205,36 @@ class Cudart:
         """Give back what stream gave."""
         self._call("cudaStreamDestroy", stream)
 
+    def capture(self, stream: int, queue: Callable[[], None]) -> int:
+        """An executable graph of what ``queue`` queues on ``stream``, which does not run now.
+
+        ``queue`` must not wait for anything. Whatever it raises comes through, and the stream is
+        as usable afterwards as before. (CUDA programming guide, "Creating a Graph Using Stream
+        Capture".)
+        """
+        # Thread-local: what other threads do with CUDA meanwhile is their business.
+        self._call("cudaStreamBeginCapture", stream, _CAPTURE_THREAD_LOCAL)
+        try:
+            queue()
+        except BaseException:
+            # Until its capture ends, one way or the other, a stream captures.
+            with contextlib.suppress(CudaError):
+                self._call("cudaGraphDestroy", self._end_capture(stream))
+            raise
+        graph = self._end_capture(stream)
+        try:
+            return self._pointer("cudaGraphInstantiateWithFlags", graph, 0)
+        finally:
+            self._call("cudaGraphDestroy", graph)
+
+    def launch(self, graph: int, stream: int) -> None:
+        """Queue a run of what capture gave."""
+        self._call("cudaGraphLaunch", graph, stream)
+
+    def destroy_graph(self, graph: int) -> None:
+        """Give back what capture gave."""
+        self._call("cudaGraphExecDestroy", graph)
+
     def event(self) -> int:
         """A new event that records time."""
         return self._pointer("cudaEventCreateWithFlags", 0)
@@ -179,6 +253,11 @@ class Cudart:
     def destroy_event(self, event: int) -> None:
         """Give back what event gave."""
         self._call("cudaEventDestroy", event)
+
+    def _end_capture(self, stream: int) -> int:
+        graph = c_void_p()
+        self._call("cudaStreamEndCapture", stream, byref(graph))
+        return graph.value or 0
 
     def _attribute(self, attribute: int, ordinal: int) -> int:
         value = c_int()
@@ -202,14 +281,24 @@ class Cudart:
             raise CudaError(name, code, self._library.cudaGetErrorString(code).decode())
 
 
+def require(ordinal: int = 0) -> Device:
+    """The CUDA device of this number.
+
+    Raises EngineError, with the fault no device or missing library, if there is none.
+    """
+    cuda = load()
+    count = cuda.device_count()
+    if ordinal >= count:
+        raise EngineError(
+            f"expected CUDA device {ordinal}, got devices 0 to {count - 1}", "no device"
+        )
+    return cuda.describe(ordinal)
+
+
 def probe(ordinal: int = 0) -> Device | str:
     """The CUDA device of this number, or the reason why there is none."""
     try:
-        cuda = load()
-        count = cuda.device_count()
-        if ordinal >= count:
-            return f"expected CUDA device {ordinal}, got devices 0 to {count - 1}"
-        return cuda.describe(ordinal)
+        return require(ordinal)
     except EngineError as error:
         return str(error)
 
@@ -224,10 +313,14 @@ def load() -> Cudart:
     if _loaded is not None:
         return _loaded
     found: list[Cudart] = []
+    refused: list[str] = []
     for name in _candidates():
         try:
             cuda = Cudart(ctypes.CDLL(name))
-        except (OSError, EngineError):  # not here, or not the CUDA runtime
+        except OSError:  # not here
+            continue
+        except EngineError as error:  # too old, or not the CUDA runtime
+            refused.append(str(error))
             continue
         found.append(cuda)
         try:
@@ -239,8 +332,10 @@ def load() -> Cudart:
     else:
         if not found:
             raise EngineError(
-                f"no CUDA runtime library: expected one of {', '.join(_SONAMES)}; install CUDA, or "
-                "use an onnxruntime engine on the CPU"
+                f"no CUDA runtime library: expected one of {', '.join(_SONAMES)}"
+                f"{''.join(f'; {words}' for words in refused[:1])}; install CUDA, or use an "
+                "onnxruntime engine on the CPU",
+                "missing library",
             )
         return found[0]  # not kept: a driver may be installed while we run
     _loaded = found[-1]

@@ -1,4 +1,4 @@
-"""Run a TensorRT plan on this machine's GPU: buffers, one stream, one execution context.
+"""Run a TensorRT plan on this machine's GPU: pinned buffers, one stream, CUDA graphs.
 
 A plan is executable code. So before TensorRT sees a byte of it, its digest must be the one that
 was recorded when it was built here, its header must fit, and CUDA must answer: some TensorRT
@@ -8,13 +8,14 @@ builds crash the process without a GPU. It does not build (tensorrt_build) nor c
 import contextlib
 import ctypes
 import hashlib
-from typing import Any, NamedTuple
+import logging
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from runtime.engines import cudart
-from runtime.engines.engine import Engine, Outputs, UInt8
+from runtime.engines.engine import Engine, Float32, Outputs, UInt8
 from runtime.engines.tensorrt_library import (
     Heard,
     TensorRT,
@@ -25,25 +26,60 @@ from runtime.engines.tensorrt_library import (
 )
 from runtime.errors import EngineError
 
+_log = logging.getLogger(__name__)
+
+Memory = Literal["pinned", "mapped"]
+
+MAX_GRAPHS = 4
+"""Batch sizes that get a CUDA graph, the first that come twice; each costs an execution context."""
+
 
 class TensorRTEngine(Engine):
     """A deserialized plan over the graph contract, with memory for its largest batch.
 
     ``sha256`` is the digest that was recorded when the plan was built. ``device`` is the ordinal
-    of the CUDA device.
+    of the CUDA device. Neither setting changes an answer, so measure which is faster here:
 
-    Raises EngineError if the plan is another, damaged, or of another TensorRT; if there is no GPU
-    or no TensorRT; and if TensorRT refuses it, with the logger's text.
+    ``memory``: ``pinned`` copies each batch to the GPU and the answers back; with ``mapped`` the
+    GPU reads and writes the host's memory in place, which may be faster where both share one
+    (``cudart.Device.integrated``).
+
+    ``graphs``: from the second call of a batch size on, all that is queued for it is launched as
+    one CUDA graph. ``graph_refusal`` says why not, and is empty as long as nothing forbids it.
+
+    Any thread may call, one at a time.
+
+    Raises EngineError: refused artifact if the plan is another, damaged, or refused by TensorRT,
+    with the logger's text; wrong version; no device; missing library; failed if memory is short
+    or cannot be mapped.
     """
 
-    def __init__(self, plan: bytes, *, sha256: str, form: str, device: int = 0) -> None:
+    def __init__(
+        self,
+        plan: bytes,
+        *,
+        sha256: str,
+        form: str,
+        device: int = 0,
+        memory: Memory = "pinned",
+        graphs: bool = True,
+    ) -> None:
         library = _admit(plan, sha256, device)
+        self._cuda, self._device = cudart.load(), device
+        self.memory: Memory = memory
+        if memory == "mapped" and not self._cuda.can_map_host_memory(device):
+            raise EngineError(
+                f"{library.flavour}: CUDA device {device} cannot map the host's memory; use "
+                'memory="pinned"'
+            )
+        self._trt, self._flavour = library.module, library.flavour
+        self._batches: dict[int, _Batch] = {}
         self._resources = contextlib.ExitStack()
         try:
             self._heard = self._resources.enter_context(listening(library))
-            self._cuda, self._device = cudart.load(), device
             self._cuda.set_device(device)
-            self._runtime, self._engine, self._context = _deserialize(library, plan, self._heard)
+            self._runtime, self._engine = _deserialize(library, plan, self._heard)
+            self.graph_refusal = _graph_refusal(library, self._engine, graphs)
             max_batch, *shape = _input_shape(library, self._engine)
             self._stream = self._cuda.stream()
             self._resources.callback(self._cuda.destroy_stream, self._stream)
@@ -52,6 +88,9 @@ class TensorRTEngine(Engine):
                 self._buffer(name, (max_batch, _width(library, self._engine, name)), np.float32)
                 for name in ("logits", "features")
             )
+            self._scratch = self._shared_scratch()
+            self._resources.callback(self._release)
+            self._context = self._new_context()
         except BaseException:
             self._resources.close()
             raise
@@ -63,48 +102,154 @@ class TensorRTEngine(Engine):
             shape=(shape[0], shape[1], shape[2]),
             max_batch=max_batch,
         )
-        self._batch = 0
+        self._shaped = 0
+        """The batch size that the context was last told."""
+
+    def layer_information(self) -> str:
+        """TensorRT's description of its kernels, JSON: see tensorrt_inspector.
+
+        Raises EngineError if the engine is closed.
+        """
+        if self._closed:
+            raise EngineError(f"{self}: closed; open it again")
+        inspector = self._engine.create_engine_inspector()
+        return str(inspector.get_engine_information(self._trt.LayerInformationFormat.JSON))
 
     def _infer(self, images: UInt8) -> Outputs:
-        count = len(images)
+        batch = self._batches.get(len(images)) or self._add_batch(len(images))
         cuda, stream = self._cuda, self._stream
         cuda.set_device(self._device)  # CUDA keeps it for each thread
-        if count != self._batch:
-            if not self._context.set_input_shape("image", images.shape):
-                raise EngineError(f"{self}: batch of {count}: {self._heard.reason()}")
-            self._batch = count
-        self._image.host[:count] = images
-        self._image.upload(cuda, count, stream)
-        if not self._context.execute_async_v3(stream):
-            raise EngineError(f"{self}: the run failed: {self._heard.reason()}")
-        self._logits.download(cuda, count, stream)
-        self._features.download(cuda, count, stream)
+        batch.image[...] = images
+        if batch.graph:
+            cuda.launch(batch.graph, stream)
+        else:
+            self._start(batch)
         cuda.synchronize(stream)
-        return Outputs(self._logits.host[:count].copy(), self._features.host[:count].copy())
+        return Outputs(batch.logits.copy(), batch.features.copy())
+
+    def _add_batch(self, count: int) -> "_Batch":
+        views = (buffer.host[:count] for buffer in (self._image, self._logits, self._features))
+        batch = self._batches[count] = _Batch(*views)
+        return batch
+
+    def _start(self, batch: "_Batch") -> None:
+        """Queue a run; as a CUDA graph if this batch size came before and may have one."""
+        if batch.came_before and not self.graph_refusal:
+            graphs = sum(bool(other.graph) for other in self._batches.values())
+            if graphs < MAX_GRAPHS and self._capture(batch):
+                self._cuda.launch(batch.graph, self._stream)
+                return
+        batch.came_before = True
+        if len(batch.image) != self._shaped:
+            self._shape(self._context, batch)
+            self._shaped = len(batch.image)
+        self._queue(self._context, batch)
+
+    def _capture(self, batch: "_Batch") -> bool:
+        """Capture a run of this batch size; False, for good, if that cannot be done.
+
+        A graph has a context of its own: telling a context another shape spoils what was captured
+        from it, and the first run after a new shape does work that must not be captured.
+        (TensorRT developer guide, "CUDA Graphs".)
+        """
+        try:
+            context = self._new_context()
+            self._shape(context, batch)
+            self._queue(context, batch)
+            self._cuda.synchronize(self._stream)
+            graph = self._cuda.capture(self._stream, lambda: self._queue(context, batch))
+        except EngineError as error:
+            self.graph_refusal = str(error)
+            self._heard.errors.clear()
+            _log.warning("%s: goes on without CUDA graphs: %s", self, error)
+            return False
+        self._resources.callback(self._cuda.destroy_graph, graph)
+        batch.graph, batch.context = graph, context
+        return True
+
+    def _shape(self, context: Any, batch: "_Batch") -> None:
+        if not context.set_input_shape("image", batch.image.shape):
+            raise EngineError(f"{self}: batch of {len(batch.image)}: {self._heard.reason()}")
+
+    def _queue(self, context: Any, batch: "_Batch") -> None:
+        """Queue copies and kernels; nothing here may wait, it is captured too."""
+        count, stream = len(batch.image), self._stream
+        if self.memory == "pinned":
+            self._image.upload(self._cuda, count, stream)
+        if not context.execute_async_v3(stream):
+            raise EngineError(f"{self}: the run failed: {self._heard.reason()}")
+        if self.memory == "pinned":
+            self._logits.download(self._cuda, count, stream)
+            self._features.download(self._cuda, count, stream)
 
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> "_Buffer":
-        """Memory for one tensor on both sides, bound to the context and freed by close."""
+        """Memory for one tensor, freed by close: one piece that both sides see, or two."""
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        address = self._cuda.malloc(size)
-        self._resources.callback(self._cuda.free, address)
-        pinned = self._cuda.host_alloc(size)
+        mapped = self.memory == "mapped"
+        pinned = self._cuda.host_alloc(size, mapped=mapped)
         self._resources.callback(self._cuda.free_host, pinned)
-        if not self._context.set_tensor_address(name, address):
-            raise EngineError(f"tensor {name} cannot be bound: {self._heard.reason()}")
+        if mapped:
+            address = self._cuda.device_pointer(pinned)
+        else:
+            address = self._cuda.malloc(size)
+            self._resources.callback(self._cuda.free, address)
         memory = memoryview((ctypes.c_uint8 * size).from_address(pinned))
         host = np.frombuffer(memory, dtype).reshape(shape)
-        return _Buffer(host, address, pinned, size // shape[0])
+        return _Buffer(name, host, address, pinned, size // shape[0])
+
+    def _shared_scratch(self) -> tuple[int, int] | None:
+        """Address and size of what every context computes in; None if each has its own."""
+        if self.graph_refusal:
+            return None
+        size = self._engine.device_memory_size_v2
+        address = self._cuda.malloc(max(size, 1))
+        self._resources.callback(self._cuda.free, address)
+        return address, size
+
+    def _new_context(self) -> Any:
+        if self._scratch is None:
+            context = self._engine.create_execution_context()
+        else:
+            strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+            context = self._engine.create_execution_context(strategy)
+        if context is None:
+            raise EngineError(f"{self._flavour}: no execution context: {self._heard.reason()}")
+        if self._scratch is not None:
+            context.set_device_memory(*self._scratch)
+        for buffer in (self._image, self._logits, self._features):
+            if not context.set_tensor_address(buffer.name, buffer.address):
+                raise EngineError(
+                    f"{self._flavour}: tensor {buffer.name} cannot be bound: {self._heard.reason()}"
+                )
+        return context
+
+    def _release(self) -> None:
+        """Contexts go before their engine, that before the runtime, all before the memory."""
+        self._batches.clear()
+        self._context = self._engine = self._runtime = None
+        del self._image, self._logits, self._features  # views of memory that is freed next
 
     def _close(self) -> None:
-        # The context goes before its engine, that before the runtime, all before the memory.
-        self._context = self._engine = self._runtime = None
-        del self._image, self._logits, self._features  # views of memory that is freed now
+        self._cuda.set_device(self._device)
         self._resources.close()
 
 
-class _Buffer(NamedTuple):
-    """One tensor's pinned host memory, seen as ``host``, and its GPU memory."""
+class _Batch:
+    """What one batch size needs at each call: views of the buffers, and its CUDA graph if any."""
 
+    __slots__ = ("came_before", "context", "features", "graph", "image", "logits")
+
+    def __init__(self, image: UInt8, logits: Float32, features: Float32) -> None:
+        self.image, self.logits, self.features = image, logits, features
+        self.came_before = False
+        self.graph = 0
+        self.context: Any = None
+
+
+class _Buffer(NamedTuple):
+    """One tensor's pinned host memory, seen as ``host``, and the GPU's address of it."""
+
+    name: str
     host: npt.NDArray[Any]
     address: int
     pinned: int
@@ -123,24 +268,45 @@ def _admit(plan: bytes, sha256: str, device: int) -> TensorRT:
     if digest != sha256:
         raise EngineError(
             f"plan: expected sha256 {sha256[:12]}…, got {digest[:12]}…: not the engine that was "
-            "built here; build it again"
+            "built here; build it again",
+            "refused artifact",
         )
     header = plan_header(plan)
-    found = cudart.probe(device)
-    if isinstance(found, str):
-        raise EngineError(f"{header.flavour}: no GPU: {found}")
+    try:
+        cudart.require(device)
+    except EngineError as error:
+        raise EngineError(f"{header.flavour}: no GPU: {error}", error.fault) from error
     library = load_library(header.flavour)
     if isinstance(library, str):
-        raise EngineError(f"the plan needs {header.flavour}, which does not load: {library}")
-    if library.version.split(".")[:3] != header.version.split(".")[:3]:
+        raise EngineError(
+            f"the plan needs {header.flavour}, which does not load: {library}", "missing library"
+        )
+    # Some bindings do not tell the fourth number.
+    known = library.version.split(".")[:4]
+    if header.version.split(".")[: len(known)] != known:
         raise EngineError(
             f"the plan was built by {header.flavour} {header.version}, this is "
-            f"{library.version}; build it again"
+            f"{library.version}; build it again",
+            "wrong version",
         )
     return library
 
 
-def _deserialize(library: TensorRT, plan: bytes, heard: Heard) -> tuple[Any, Any, Any]:
+def _graph_refusal(library: TensorRT, engine: Any, wanted: bool) -> str:
+    """Why runs of this engine are not captured; empty if nothing is known to forbid it."""
+    if not wanted:
+        return "not asked for"
+    if library.flavour == "tensorrt-rtx":
+        return (
+            "tensorrt-rtx replaces its first kernels by ones for the shape while it runs; a graph "
+            "would keep the first ones"
+        )
+    if not hasattr(engine, "device_memory_size_v2"):
+        return f"{library.flavour} {library.version} cannot share memory between contexts"
+    return ""
+
+
+def _deserialize(library: TensorRT, plan: bytes, heard: Heard) -> tuple[Any, Any]:
     try:
         runtime = library.module.Runtime(logger(library))
     except TypeError as error:  # the bindings' way to say that the library returned nothing
@@ -148,11 +314,10 @@ def _deserialize(library: TensorRT, plan: bytes, heard: Heard) -> tuple[Any, Any
     # TensorRT reports by None. engine_host_code_allowed stays off, as it is by default.
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
-        raise EngineError(f"{library.flavour}: the plan was refused: {heard.reason()}")
-    context = engine.create_execution_context()
-    if context is None:
-        raise EngineError(f"{library.flavour}: no execution context: {heard.reason()}")
-    return runtime, engine, context
+        raise EngineError(
+            f"{library.flavour}: the plan was refused: {heard.reason()}", "refused artifact"
+        )
+    return runtime, engine
 
 
 def _input_shape(library: TensorRT, engine: Any) -> tuple[int, int, int, int]:
@@ -160,11 +325,12 @@ def _input_shape(library: TensorRT, engine: Any) -> tuple[int, int, int, int]:
     names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
     if names != {"image", "logits", "features"}:
         raise EngineError(
-            f"plan: expected tensors image, logits and features, got {', '.join(sorted(names))}"
+            f"plan: expected tensors image, logits and features, got {', '.join(sorted(names))}",
+            "refused artifact",
         )
     kind = engine.get_tensor_dtype("image")
     if kind != library.module.DataType.UINT8:
-        raise EngineError(f"plan: expected image of uint8, got {kind}")
+        raise EngineError(f"plan: expected image of uint8, got {kind}", "refused artifact")
     _, _, largest = engine.get_tensor_profile_shape("image", 0)
     count, height, width, channels = largest
     return count, height, width, channels
@@ -174,5 +340,8 @@ def _width(library: TensorRT, engine: Any, name: str) -> int:
     """Columns of an output, float32 [N, columns]."""
     kind, shape = engine.get_tensor_dtype(name), tuple(engine.get_tensor_shape(name))
     if kind != library.module.DataType.FLOAT or len(shape) != 2 or shape[1] < 1:
-        raise EngineError(f"plan: expected {name} of float32 [N, columns], got {kind} {shape}")
+        raise EngineError(
+            f"plan: expected {name} of float32 [N, columns], got {kind} {shape}",
+            "refused artifact",
+        )
     return int(shape[1])
