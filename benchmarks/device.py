@@ -68,11 +68,12 @@ image = np.asarray(picture, np.uint8).reshape(1, height, width, channels)
 print(session.run(["logits"], {"image": image})[0].argmax())
 """
 
-_CHOSEN = """
+CHOSEN_CODE = """
 import json, sys
 from runtime import Classifier
 engine = Classifier.open(sys.argv[1]).engine
-print(json.dumps({"engine": str(engine), "provider": engine.provider, "form": engine.form}))
+facts = {"engine": str(engine), "name": engine.name, "form": engine.form}
+print(json.dumps({**facts, "provider": engine.provider}))
 """
 
 _IMPORT = """
@@ -198,7 +199,7 @@ def _start(
     image = folder / "image.png"
     write_sample(bundle, image)
     # The first opening builds and measures whatever there is to be kept; from then on it is known.
-    chosen = json.loads(run_code(environment.python, _CHOSEN, bundle.resolve()))
+    chosen = json.loads(run_code(environment.python, CHOSEN_CODE, bundle.resolve()))
     if chosen["provider"] != "cpu":
         raise EngineError(f"expected a CPU engine, got {chosen['engine']}; run the gpu benchmark")
     model = folder / "model.onnx"

@@ -160,10 +160,13 @@ def run(name: str, measure: Callable[[], Report], command: str) -> Record:
     return Record(name=name, command=command, date=date, machine=machine(load), report=report)
 
 
-def write(record: Record, folder: Path = RESULTS) -> list[Path]:
-    """Write ``NAME.json`` and ``NAME.md`` to ``folder``; return their paths."""
+def write(record: Record, folder: Path = RESULTS, page: Path | None = None) -> list[Path]:
+    """Write ``NAME.json`` and ``NAME.md`` to ``folder``; return their paths.
+
+    ``page`` is another place for the second.
+    """
     data = msgspec.json.format(msgspec.json.encode(record), indent=1)
-    paths = [folder / f"{record.name}.json", folder / f"{record.name}.md"]
+    paths = [folder / f"{record.name}.json", page or folder / f"{record.name}.md"]
     atomic.write_bytes(paths[0], data + b"\n")
     atomic.write_text(paths[1], markdown(record))
     return paths

@@ -17,7 +17,7 @@ from benchmarks import harness
 from runtime.command import run_command
 
 BUNDLE = Path("build") / "solar" / "bundle"
-OF_A_BUNDLE = "calibration", "inference", "quantization"
+OF_A_BUNDLE = "calibration", "inference", "openvino", "quantization"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,7 +72,7 @@ def _run(modules: dict[str, ModuleType], options: argparse.Namespace) -> int:
         record = harness.run(name, measure, _command(name, options))
         print(harness.markdown(record))
         if not options.quick:
-            for path in harness.write(record):
+            for path in harness.write(record, page=getattr(module, "PAGE", None)):
                 print(f"benchmarks: wrote {path}", file=sys.stderr)
     return 0
 

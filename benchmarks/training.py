@@ -42,15 +42,15 @@ def measure(options: Options) -> Report:
     from train.device import Device, choose_device
 
     device = choose_device()
-    recipe = _recipe(QUICK_IMAGES if options.quick else IMAGES)
+    recipe = make_recipe(QUICK_IMAGES if options.quick else IMAGES)
     steps = _time_steps(recipe, device, 0.0 if options.quick else 60.0)
     torch.set_num_threads(1)
     alone = Device("cpu", torch.float32, "one thread")
-    cpu, wall, images = _rung_one(_material(recipe, alone))
+    cpu, wall, images = _rung_one(make_material(recipe, alone))
     return _report(images, cpu, wall, steps, device.reason)
 
 
-def _recipe(images: int) -> Recipe:
+def make_recipe(images: int) -> Recipe:
     """``solar`` at 96 px with about ``images`` training images, half of each domain."""
     recipe = load_recipe(RECIPE)
     limit = round(images / 2 / recipe.data.splits.train)
@@ -64,7 +64,7 @@ def _recipe(images: int) -> Recipe:
     )
 
 
-def _material(recipe: Recipe, device: "Device") -> "Material":
+def make_material(recipe: Recipe, device: "Device") -> "Material":
     from train.data import prepare
     from train.material import CACHE, Material
 
@@ -93,22 +93,22 @@ def _rung_one(material: "Material") -> tuple[float, float, int]:
 
 def _time_steps(recipe: Recipe, device: "Device", seconds: float) -> dict[str, Times]:
     """Steps of ``BATCH`` images, taking turns; every candidate has a network of its own."""
-    material = _material(recipe, device)
+    material = make_material(recipe, device)
     candidates = {
         PLAIN: _plain_loop(material),
-        COMPUTED: _stepper(material, kept=False),
-        KEPT: _stepper(material, kept=True),
-        DANN: _stepper(material, kept=False, adversarial=True),
+        COMPUTED: make_stepper(material, kept=False),
+        KEPT: make_stepper(material, kept=True),
+        DANN: make_stepper(material, kept=False, adversarial=True),
     }
     if device.kind == "cuda":
-        candidates[READY] = _stepper(material, kept=False, ready=True)
+        candidates[READY] = make_stepper(material, kept=False, ready=True)
     return interleave(candidates, seconds=seconds, least=2, warmup=1)
 
 
-def _stepper(
+def make_stepper(
     material: "Material", *, kept: bool, adversarial: bool = False, ready: bool = False
-) -> Callable[[], object]:
-    """One call is one step of ours: reading, augmenting, training."""
+) -> Callable[[], float]:
+    """One call is one step of ours, reading, augmenting, training; it returns the loss."""
     import torch
 
     from train.adversarial import make_objective
@@ -152,7 +152,7 @@ def _stepper(
     numbers = itertools.count()
     waiting = to_batch(steps[0], steps, device)
 
-    def step() -> object:
+    def step() -> float:
         batch = waiting if ready else to_batch(steps[next(numbers)], steps, device)
         loss, _ = optimization.step(batch, 0.5, 0.1)
         return float(loss)
