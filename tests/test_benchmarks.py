@@ -146,7 +146,8 @@ def test_every_benchmark_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> N
         main(["--help"])
 
     shown = capsys.readouterr().out
-    assert {"calibration", "dann", "inference", "quality", "quantization"} <= set(find())
+    names = {"calibration", "dann", "inference", "openvino", "quality", "quantization"}
+    assert names <= set(find())
     for name, module in find().items():
         assert f"  {name} " in shown
         assert (module.__doc__ or "").splitlines()[0] in shown
@@ -161,6 +162,7 @@ def test_every_benchmark_is_in_the_help(capsys: pytest.CaptureFixture[str]) -> N
             "nowhere: no bundle there; run make train export",
         ),
         (["calibration", "--bundle", "nowhere"], "nowhere: no bundle there; run make train export"),
+        (["openvino", "--bundle", "nowhere"], "nowhere: no bundle there; run make train export"),
         (["quality"], "run make train export RECIPE=train/recipes/solar-all.toml first"),
     ],
 )
