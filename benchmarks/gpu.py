@@ -441,12 +441,12 @@ def mixed_precision(options: Options) -> Findings:
     if chosen.kind != "cuda":
         raise EngineError(f"torch trains on the {chosen.reason}", "no device")
     plain = chosen._replace(precision=torch.float32)
-    return _training_steps(
+    return training_steps(
         {str(d.precision).removeprefix("torch."): d for d in (plain, chosen)}, options
     )
 
 
-def _training_steps(devices: "Mapping[str, Device]", options: Options) -> Findings:
+def training_steps(devices: "Mapping[str, Device]", options: Options) -> Findings:
     """Images a second on each of ``devices``, the first of which the others are compared to."""
     losses: dict[str, list[float]] = {name: [] for name in devices}
     recipe = training.make_recipe(training.QUICK_IMAGES if options.quick else training.IMAGES)
@@ -547,7 +547,7 @@ def second_start(options: Options) -> Findings:
         chosen = json.loads(device.run_code(sys.executable, device.CHOSEN_CODE, bundle))
         if not chosen["name"].startswith("tensorrt"):
             raise EngineError(f"the engine chosen here is {chosen['engine']}, which has no plan")
-        plan.write_bytes(_plan_of(folder / "cache", chosen["form"]))
+        plan.write_bytes(plan_of(folder / "cache", chosen["form"]))
         module = chosen["name"].replace("-", "_")
         run = functools.partial(functools.partial, device.run_code, sys.executable)
         processes = {
@@ -562,7 +562,7 @@ def second_start(options: Options) -> Findings:
     return Findings((table,), {"engine": chosen, "processes": figures})
 
 
-def _plan_of(cache: Path, form: str) -> bytes:
+def plan_of(cache: Path, form: str) -> bytes:
     plans = PlanCache(cache)
     found = [plans.find(record.key) for record in plans.entries() if record.key.form == form]
     if not found or isinstance(found[0], str):

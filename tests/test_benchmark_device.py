@@ -1,18 +1,30 @@
 """What the device and gpu benchmarks make of clocks, processes and folders of our own."""
 
 import functools
+import json
+import math
+import os
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import device
-from benchmarks.harness import Times, interleave
+from benchmarks import device, gpu, harness, training
+from benchmarks.harness import Options, Table, Times, interleave
+from runtime.candidates import Request
+from runtime.choose import choose_engine
+from runtime.engines import cudart
 from runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
+from runtime.engines.plan_cache import PlanCache
 from runtime.errors import EngineError
+from tests import standin_tensorrt
 
+ROOT = Path(__file__).resolve().parent.parent
 OURS, BARE = device.OURS, device.BARE
 
 
@@ -106,3 +118,163 @@ def test_the_bare_script_decodes_resizes_and_answers(tmp_path: Path) -> None:
     Image.fromarray(np.repeat([[10, 200]], 8, axis=1).astype(np.uint8)).save(image)
 
     assert device.run_code(sys.executable, device.BARE_CODE, model, image) == "1\n"
+
+
+def fail_with_words(options: Options) -> gpu.Findings:
+    raise EngineError("no device of ours")
+
+
+def break_off(options: Options) -> gpu.Findings:
+    raise ZeroDivisionError("a bug")
+
+
+def crash(options: Options) -> gpu.Findings:
+    os.kill(os.getpid(), signal.SIGSEGV)
+    raise AssertionError("unreachable")
+
+
+def find(options: Options) -> gpu.Findings:
+    return gpu.Findings((Table(title="Found", columns=("a",), rows=(("x",),)),), {"a": "x"})
+
+
+@pytest.mark.parametrize(
+    ("measure", "words"),
+    [
+        (fail_with_words, "no device of ours"),
+        (break_off, "broke off: ZeroDivisionError: a bug"),
+        (crash, "its process was ended by SIGSEGV"),
+    ],
+)
+def test_a_part_that_ends_badly_ends_in_words(
+    measure: Callable[[Options], gpu.Findings], words: str
+) -> None:
+    assert gpu.isolated(gpu.Part("bad", measure), Options(bundle=Path())) == words
+
+
+def test_the_page_says_what_ran_and_what_did_not() -> None:
+    options = Options(bundle=Path())
+    found = gpu.isolated(gpu.Part("good", find), options)
+    assert isinstance(found, gpu.Findings)
+
+    some = gpu.report({"good": found, "bad": "no device"}, options)
+    none = gpu.report({"bad": "no device"}, options)
+
+    assert some.tables[0].rows == (("good", "measured"), ("bad", "not run: no device"))
+    assert [table.title for table in some.tables] == ["What ran", "Found"]
+    assert "nothing here has run on a GPU" in none.tables[0].notes[0]
+    assert "nothing here has run on a GPU" not in " ".join(some.tables[0].notes)
+    assert f"`{gpu.COMMAND}`" in " ".join(none.tables[0].notes)
+
+
+def test_tensorrt_forms_are_built_compared_and_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.test_choose import make_bundle
+
+    _, cuda = standin_tensorrt.install(monkeypatch, tmp_path)
+    bundle = make_bundle(tmp_path, forms=("fp32", "int8", "int8-cpu"))
+
+    found = gpu.tensorrt(Options(bundle=bundle.path, quick=True), "tensorrt")
+
+    engines, answers, calls = found.tables
+    assert [row[0] for row in engines.rows] == ["fp32", "int8"]
+    # The same graph under two names, with onnxruntime behind the stand-in: nothing may differ.
+    assert [row[:2] for row in answers.rows] == [("fp32", "100.0%"), ("int8", "100.0%")]
+    ways = "pinned, graph", "pinned, no graph", "mapped, graph", "mapped, no graph"
+    assert [row[0] for row in calls.rows] == [f"{f}, {w}" for f in ("fp32", "int8") for w in ways]
+    assert cuda.fakeLive() == 0  # everything was given back
+
+
+def test_a_form_that_cannot_be_built_does_not_hide_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.test_choose import make_bundle
+
+    trt, _ = standin_tensorrt.install(monkeypatch, tmp_path)
+    trt.unsupported = "GlobalAveragePool"
+    bundle = make_bundle(tmp_path, forms=("fp32",))
+
+    engines, answers, _ = gpu.tensorrt(Options(bundle=bundle.path, quick=True), "tensorrt").tables
+
+    assert "GlobalAveragePool" in engines.rows[0][-1]
+    assert answers.rows == ()
+
+
+def test_the_cuda_part_describes_copies_and_captures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, cuda = standin_tensorrt.install(monkeypatch, tmp_path)
+
+    facts, copies = gpu.cuda(Options(bundle=Path(), quick=True)).tables
+
+    assert ("compute capability", "8.7") in facts.rows
+    assert ("a captured graph copies what was captured", "yes") in facts.rows
+    # The stand-in's events always lie 1.5 ms apart.
+    assert copies.rows[0][:2] == ("25,600", str(harness.spread([25_600 / 1.5 / 1e6])))
+    assert cuda.fakeLive() == 0
+
+
+def test_without_tensorrt_or_a_gpu_both_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setattr(cudart, "probe", lambda: "no GPU is visible")
+
+    with pytest.raises(EngineError, match=r"tensorrt: .*; no GPU is visible"):
+        gpu.tensorrt(Options(bundle=Path()), "tensorrt")
+
+
+def test_the_bare_script_of_a_plan_decodes_runs_and_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in standin_tensorrt.environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    # Isolated from PYTHONPATH, it is told where the stand-in lies.
+    paths = [str(tmp_path), str(ROOT)]
+    code = f"import sys; sys.path[:0] = {paths}\n{gpu.PLAN_CODE}"
+    image, plan = tmp_path / "image.png", tmp_path / "engine.plan"
+    Image.fromarray(np.repeat([[10, 200]], 8, axis=1).astype(np.uint8)).save(image)
+    settings = json.dumps({"profile": [[1, 1, 2, 1]] * 3, "strong": True}).encode()
+    header = standin_tensorrt.StandIn().header
+    plan.write_bytes(header + len(settings).to_bytes(4, "little") + settings + device.identity())
+    library = tmp_path / standin_tensorrt.first_soname()
+
+    assert device.run_code(sys.executable, code, "tensorrt", library, plan, image) == "1\n"
+
+
+def test_mixed_precision_is_timed_beside_float32_and_counts_finite_losses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from train.device import reference_device
+
+    def make_stepper(material: Any, *, kept: bool) -> Callable[[], float]:
+        return lambda: math.nan if "overflows" in material.reason else 0.5
+
+    monkeypatch.setattr(training, "make_recipe", lambda images: None)
+    monkeypatch.setattr(training, "make_material", lambda recipe, device: device)
+    monkeypatch.setattr(training, "make_stepper", make_stepper)
+    devices = {
+        "float32": reference_device("a test"), "float16": reference_device("one that overflows"),
+    }  # fmt: skip
+
+    (table,) = gpu.training_steps(devices, Options(bundle=Path(), quick=True)).tables
+
+    # Two to warm up and two rounds.
+    assert [(row[0], row[-1]) for row in table.rows] == [
+        ("float32", "4 of 4"), ("float16", "0 of 4"),
+    ]  # fmt: skip
+
+
+def test_the_plan_that_second_starts_are_compared_on_is_the_one_that_was_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.test_choose import make_bundle
+
+    trt, _ = standin_tensorrt.install(monkeypatch, tmp_path)
+    bundle, cache = make_bundle(tmp_path), tmp_path / "cache"
+    choose_engine(bundle, Request(form="int8"), cache=PlanCache(cache)).engine.close()
+
+    plan = gpu.plan_of(cache, "int8")
+
+    assert plan.startswith(trt.header)
+    assert plan.endswith(bundle.model("int8"))
+    with pytest.raises(EngineError, match="no plan of fp16 was kept: none is in the cache"):
+        gpu.plan_of(cache, "fp16")
