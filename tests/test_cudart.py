@@ -1,9 +1,8 @@
 """The CUDA shim: its error paths for real, its good paths on a library that keeps host memory."""
 
 import ctypes
-import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,26 +10,28 @@ import pytest
 
 from runtime.engines import cudart
 from runtime.errors import EngineError
+from tests.standin_tensorrt import compile_cudart
 
 HERE = Path(__file__).parent
 DEVICE = cudart.probe()
 
 
 @pytest.fixture
-def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
     """tests/fake_cudart.c, compiled, as the only CUDA runtime library."""
-    path = compile_fake(tmp_path / "libcudart.so.12")
+    path = compile_cudart(tmp_path / "libcudart.so.12")
     monkeypatch.setattr(cudart, "_candidates", lambda: iter([str(path)]))
     monkeypatch.setattr(cudart, "_loaded", None)
     return ctypes.CDLL(str(path))
 
 
-def compile_fake(path: Path) -> Path:
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("needs a C compiler: the stand-in for libcudart is compiled")
-    source = HERE / "fake_cudart.c"
-    subprocess.run([compiler, "-shared", "-fPIC", "-o", path, source], check=True)
+def compile_changed(path: Path, old: str, new: str) -> Path:
+    """The stand-in with one piece of its source replaced; after ``compile_cudart``, so cc is."""
+    source = (HERE / "fake_cudart.c").read_text()
+    assert old in source
+    changed = path.with_suffix(".c")
+    changed.write_text(source.replace(old, new))
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", path, changed], check=True)
     return path
 
 
@@ -40,15 +41,32 @@ def test_without_a_library_the_reason_names_the_way_out(monkeypatch: pytest.Monk
     reason = cudart.probe()
     assert isinstance(reason, str)
     assert reason.startswith("no CUDA runtime library: expected one of libcudart.so.does-not")
-    with pytest.raises(EngineError, match="use an onnxruntime engine on the CPU"):
+    with pytest.raises(EngineError, match="use an onnxruntime engine on the CPU") as missing:
         cudart.load()
+    assert missing.value.fault == "missing library"
 
 
-def test_a_library_that_is_not_cuda_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cudart, "_candidates", lambda: iter(["libc.so.6", "libm.so.6"]))
+def test_a_library_that_is_not_cuda_is_passed_over(
+    fake: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = list(cudart._candidates())
+    monkeypatch.setattr(cudart, "_candidates", lambda: iter(["libc.so.6", *good]))
+    assert cudart.load().device_count() == 1
     monkeypatch.setattr(cudart, "_loaded", None)
-    with pytest.raises(EngineError, match="no CUDA runtime library"):
+    monkeypatch.setattr(cudart, "_candidates", lambda: iter(["libc.so.6", "libm.so.6"]))
+    with pytest.raises(EngineError, match=r"libc\.so\.6: expected the function cudaGetDeviceCount"):
         cudart.load()
+
+
+def test_a_library_that_lacks_a_function_is_refused_by_its_name(
+    fake: ctypes.CDLL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = compile_changed(tmp_path / "older.so", "int cudaGraphLaunch(", "int olderGraphLaunch(")
+    monkeypatch.setattr(cudart, "_candidates", lambda: iter([str(path)]))
+    with pytest.raises(EngineError) as refused:
+        cudart.load()
+    assert f"{path}: expected the function cudaGraphLaunch, got none" in str(refused.value)
+    assert refused.value.fault == "missing library"
 
 
 @pytest.mark.skipif(not isinstance(DEVICE, str), reason="this machine has a GPU")
@@ -61,9 +79,20 @@ def test_the_real_library_without_a_driver_is_error_35(monkeypatch: pytest.Monke
     assert "cudaGetDeviceCount: CUDA error 35" in DEVICE
     assert "install one" in DEVICE
     cuda = cudart.load()
-    for call in (cuda.stream, cuda.event, lambda: cuda.malloc(16), lambda: cuda.set_device(0)):
-        with pytest.raises(cudart.CudaError, match="CUDA error 35"):
+    calls: list[Callable[[], object]] = [
+        cuda.stream,
+        cuda.event,
+        lambda: cuda.malloc(16),
+        lambda: cuda.host_alloc(16, mapped=True),
+        lambda: cuda.set_device(0),
+        lambda: cuda.can_map_host_memory(0),
+        lambda: cuda.capture(0, lambda: None),
+        cudart.require,
+    ]
+    for call in calls:
+        with pytest.raises(cudart.CudaError, match="CUDA error 35") as error:
             call()
+        assert error.value.fault == "no device"
 
 
 def test_probe_describes_the_device(fake: ctypes.CDLL) -> None:
@@ -77,7 +106,11 @@ def test_probe_describes_the_device(fake: ctypes.CDLL) -> None:
         runtime_version="12.6",
         driver_version="13.2",
     )
+    assert cudart.require() == device
     assert cudart.probe(3) == "expected CUDA device 3, got devices 0 to 0"
+    with pytest.raises(EngineError) as absent:
+        cudart.require(3)
+    assert absent.value.fault == "no device"
 
 
 def test_bytes_travel_to_the_device_and_back(fake: ctypes.CDLL) -> None:
@@ -101,6 +134,77 @@ def test_bytes_travel_to_the_device_and_back(fake: ctypes.CDLL) -> None:
     cuda.free(device)
     cuda.destroy_stream(stream)
     assert fake.fakeLive() == 0
+
+
+def test_what_is_captured_runs_when_it_is_launched(fake: ctypes.CDLL) -> None:
+    cuda = cudart.load()
+    stream, device = cuda.stream(), cuda.malloc(8)
+    sent, received = np.zeros(1), np.zeros(1)
+
+    def there_and_back() -> None:
+        cuda.copy_to_device(device, sent.ctypes.data, 8, stream)
+        cuda.copy_to_host(received.ctypes.data, device, 8, stream)
+
+    sent[0] = 1
+    graph = cuda.capture(stream, there_and_back)
+    cuda.synchronize(stream)
+    assert received[0] == 0
+    for value in (2.0, 3.0):
+        sent[0] = value
+        cuda.launch(graph, stream)
+        assert received[0] != value  # only queued
+        cuda.synchronize(stream)
+        assert received[0] == value
+    cuda.destroy_graph(graph)
+    cuda.free(device)
+    cuda.destroy_stream(stream)
+    assert fake.fakeLive() == 0
+
+
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(
+    fake: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = cudart.load()
+    stream = cuda.stream()
+
+    def wait() -> None:  # which must not happen in a capture
+        cuda.synchronize(stream)
+
+    def wait_unheard() -> None:
+        with pytest.raises(cudart.CudaError):
+            cuda.synchronize(stream)
+
+    def fail() -> None:
+        raise KeyError("ours")
+
+    with pytest.raises(cudart.CudaError, match="cudaStreamSynchronize: CUDA error 900"):
+        cuda.capture(stream, wait)
+    with pytest.raises(cudart.CudaError, match="cudaStreamEndCapture: CUDA error 901: operation "):
+        cuda.capture(stream, wait_unheard)
+    with pytest.raises(KeyError, match="ours"):
+        cuda.capture(stream, fail)
+    monkeypatch.setenv("FAKE_CUDA_INSTANTIATE_ERROR", "2")
+    with pytest.raises(cudart.CudaError, match="cudaGraphInstantiateWithFlags: CUDA error 2: out"):
+        cuda.capture(stream, lambda: None)
+    assert fake.fakeLive() == 1  # the stream
+    cuda.synchronize(stream)
+    cuda.destroy_stream(stream)
+
+
+def test_only_mapped_memory_has_an_address_on_the_device(
+    fake: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda = cudart.load()
+    mapped, pinned = cuda.host_alloc(64, mapped=True), cuda.host_alloc(64)
+    assert cuda.device_pointer(mapped) > 2**32
+    with pytest.raises(cudart.CudaError, match="cudaHostGetDevicePointer: CUDA error 1"):
+        cuda.device_pointer(pinned)
+    for pointer in (mapped, pinned):
+        cuda.free_host(pointer)
+    assert fake.fakeLive() == 0
+    assert cuda.can_map_host_memory(0)
+    monkeypatch.setenv("FAKE_CUDA_CAN_MAP", "0")
+    assert not cuda.can_map_host_memory(0)
 
 
 def test_an_error_is_raised_with_its_text_and_cleared(fake: ctypes.CDLL) -> None:
@@ -127,11 +231,8 @@ def test_probe_returns_the_reason(
 def test_a_library_newer_than_the_driver_is_passed_over(
     fake: ctypes.CDLL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = (HERE / "fake_cudart.c").read_text()
-    newer = tmp_path / "newer.c"
-    newer.write_text(source.replace('setting("FAKE_CUDA_ERROR", 0)', "35"))
-    path = tmp_path / "libcudart.so.13"
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", path, newer], check=True)
+    answers = 'setting("FAKE_CUDA_ERROR", 0)'
+    path = compile_changed(tmp_path / "libcudart.so.13", answers, "35")
     candidates = [str(path), *cudart._candidates()]
     monkeypatch.setattr(cudart, "_candidates", lambda: iter(candidates))
     assert isinstance(cudart.probe(), cudart.Device)
