@@ -25,9 +25,14 @@ from runtime.engines import cudart
 from runtime.engines.engine import Outputs
 from runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
 from runtime.engines.tensorrt_build import build
-from runtime.engines.tensorrt_engine import MAX_GRAPHS, Memory, TensorRTEngine
+from runtime.engines.tensorrt_engine import (
+    MAX_GRAPHS,
+    Memory,
+    TensorRTEngine,
+    _graph_refusal,
+)
 from runtime.engines.tensorrt_inspector import parse_inspection
-from runtime.engines.tensorrt_library import load_library
+from runtime.engines.tensorrt_library import TensorRT, load_library
 from runtime.errors import EngineError
 from tests.standin_tensorrt import StandIn, install
 
@@ -361,6 +366,12 @@ def test_graphs_need_contexts_that_share_memory(
         assert engine.graph_refusal == "tensorrt 10.3.0.26 cannot share memory between contexts"
 
 
+def test_graphs_are_not_for_tensorrt_rtx(trt: StandIn) -> None:
+    rtx = TensorRT(trt, "tensorrt-rtx", "1.7.1.116")
+    refusal = _graph_refusal(rtx, engine=None, wanted=True)
+    assert refusal.startswith("tensorrt-rtx replaces its first kernels")
+
+
 def test_mapped_memory_is_one_piece_for_both_sides(trt: StandIn, cuda: ctypes.CDLL) -> None:
     live = {}
     memories: tuple[Memory, ...] = ("pinned", "mapped")
@@ -477,7 +488,7 @@ def test_without_a_context_the_reason_is_tensorrts(trt: StandIn) -> None:
 
 def test_a_plan_with_other_tensors_is_refused(trt: StandIn) -> None:
     trt.third_tensor = "boxes"
-    with pytest.raises(EngineError, match="logits and features, got boxes, features, image") as it:
+    with pytest.raises(EngineError, match=r"logits and features, .* got features.*; boxes,") as it:
         stand_in_engine()
     assert it.value.fault == "refused artifact"
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from runtime.engines import cudart
-from runtime.engines.engine import Engine, Float32, Outputs, UInt8
+from runtime.engines.engine import Engine, Float32, Outputs, Tensor, UInt8, input_shape
 from runtime.engines.tensorrt_library import (
     Heard,
     TensorRT,
@@ -38,7 +38,7 @@ class TensorRTEngine(Engine):
     """A deserialized plan over the graph contract, with memory for its largest batch.
 
     ``sha256`` is the digest that was recorded when the plan was built. ``device`` is the ordinal
-    of the CUDA device. Neither setting changes an answer, so measure which is faster here:
+    of the CUDA device. Two settings change no answer; which is faster, only measuring tells:
 
     ``memory``: ``pinned`` copies each batch to the GPU and the answers back; with ``mapped`` the
     GPU reads and writes the host's memory in place, which may be faster where both share one
@@ -64,32 +64,22 @@ class TensorRTEngine(Engine):
         memory: Memory = "pinned",
         graphs: bool = True,
     ) -> None:
-        library = _admit(plan, sha256, device)
+        library = _admit(plan, sha256, device, memory)
+        self._trt, self._flavour = library.module, library.flavour
         self._cuda, self._device = cudart.load(), device
         self.memory: Memory = memory
-        if memory == "mapped" and not self._cuda.can_map_host_memory(device):
-            raise EngineError(
-                f"{library.flavour}: CUDA device {device} cannot map the host's memory; use "
-                'memory="pinned"'
-            )
-        self._trt, self._flavour = library.module, library.flavour
         self._batches: dict[int, _Batch] = {}
+        self._shaped = 0
+        """The batch size that the context was last told."""
         self._resources = contextlib.ExitStack()
         try:
             self._heard = self._resources.enter_context(listening(library))
             self._cuda.set_device(device)
             self._runtime, self._engine = _deserialize(library, plan, self._heard)
             self.graph_refusal = _graph_refusal(library, self._engine, graphs)
-            max_batch, *shape = _input_shape(library, self._engine)
-            self._stream = self._cuda.stream()
-            self._resources.callback(self._cuda.destroy_stream, self._stream)
-            self._image = self._buffer("image", (max_batch, *shape), np.uint8)
-            self._logits, self._features = (
-                self._buffer(name, (max_batch, _width(library, self._engine, name)), np.float32)
-                for name in ("logits", "features")
-            )
-            self._scratch = self._shared_scratch()
-            self._resources.callback(self._release)
+            shape = _picture_shape(library, self._engine, form)
+            _, _, largest = self._engine.get_tensor_profile_shape("image", 0)
+            self._allocate(tuple(largest))
             self._context = self._new_context()
         except BaseException:
             self._resources.close()
@@ -99,11 +89,9 @@ class TensorRTEngine(Engine):
             version=library.version,
             provider="cuda",
             form=form,
-            shape=(shape[0], shape[1], shape[2]),
-            max_batch=max_batch,
+            shape=shape,
+            max_batch=int(largest[0]),
         )
-        self._shaped = 0
-        """The batch size that the context was last told."""
 
     def layer_information(self) -> str:
         """TensorRT's description of its kernels, JSON: see tensorrt_inspector.
@@ -182,8 +170,25 @@ class TensorRTEngine(Engine):
             self._logits.download(self._cuda, count, stream)
             self._features.download(self._cuda, count, stream)
 
+    def _allocate(self, largest: tuple[int, ...]) -> None:
+        """A stream and all memory for images of the shape ``largest``, until close."""
+        self._stream = self._cuda.stream()
+        self._resources.callback(self._cuda.destroy_stream, self._stream)
+        self._image = self._buffer("image", largest, np.uint8)
+        self._logits, self._features = (
+            self._buffer(name, (largest[0], self._engine.get_tensor_shape(name)[1]), np.float32)
+            for name in Outputs._fields
+        )
+        self._scratch: tuple[int, int] | None = None
+        """Address and size of what all contexts compute in; None if each has its own."""
+        if not self.graph_refusal:
+            size = self._engine.device_memory_size_v2
+            self._scratch = self._cuda.malloc(max(size, 1)), size
+            self._resources.callback(self._cuda.free, self._scratch[0])
+        self._resources.callback(self._release)
+
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: npt.DTypeLike) -> "_Buffer":
-        """Memory for one tensor, freed by close: one piece that both sides see, or two."""
+        """Memory for one tensor: one piece that both sides see, or two."""
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         mapped = self.memory == "mapped"
         pinned = self._cuda.host_alloc(size, mapped=mapped)
@@ -196,15 +201,6 @@ class TensorRTEngine(Engine):
         memory = memoryview((ctypes.c_uint8 * size).from_address(pinned))
         host = np.frombuffer(memory, dtype).reshape(shape)
         return _Buffer(name, host, address, pinned, size // shape[0])
-
-    def _shared_scratch(self) -> tuple[int, int] | None:
-        """Address and size of what every context computes in; None if each has its own."""
-        if self.graph_refusal:
-            return None
-        size = self._engine.device_memory_size_v2
-        address = self._cuda.malloc(max(size, 1))
-        self._resources.callback(self._cuda.free, address)
-        return address, size
 
     def _new_context(self) -> Any:
         if self._scratch is None:
@@ -262,7 +258,7 @@ class _Buffer(NamedTuple):
         cuda.copy_to_host(self.pinned, self.address, rows * self.row_bytes, stream)
 
 
-def _admit(plan: bytes, sha256: str, device: int) -> TensorRT:
+def _admit(plan: bytes, sha256: str, device: int, memory: Memory) -> TensorRT:
     """The library that may run ``plan``; every check that needs no TensorRT, in this order."""
     digest = hashlib.sha256(plan).hexdigest()
     if digest != sha256:
@@ -276,6 +272,11 @@ def _admit(plan: bytes, sha256: str, device: int) -> TensorRT:
         cudart.require(device)
     except EngineError as error:
         raise EngineError(f"{header.flavour}: no GPU: {error}", error.fault) from error
+    if memory == "mapped" and not cudart.load().can_map_host_memory(device):
+        raise EngineError(
+            f"{header.flavour}: CUDA device {device} cannot map the host's memory; use "
+            'memory="pinned"'
+        )
     library = load_library(header.flavour)
     if isinstance(library, str):
         raise EngineError(
@@ -320,28 +321,16 @@ def _deserialize(library: TensorRT, plan: bytes, heard: Heard) -> tuple[Any, Any
     return runtime, engine
 
 
-def _input_shape(library: TensorRT, engine: Any) -> tuple[int, int, int, int]:
-    """Largest batch, height, width and channels, once the tensors are known to be ours."""
-    names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
-    if names != {"image", "logits", "features"}:
-        raise EngineError(
-            f"plan: expected tensors image, logits and features, got {', '.join(sorted(names))}",
-            "refused artifact",
-        )
-    kind = engine.get_tensor_dtype("image")
-    if kind != library.module.DataType.UINT8:
-        raise EngineError(f"plan: expected image of uint8, got {kind}", "refused artifact")
-    _, _, largest = engine.get_tensor_profile_shape("image", 0)
-    count, height, width, channels = largest
-    return count, height, width, channels
-
-
-def _width(library: TensorRT, engine: Any, name: str) -> int:
-    """Columns of an output, float32 [N, columns]."""
-    kind, shape = engine.get_tensor_dtype(name), tuple(engine.get_tensor_shape(name))
-    if kind != library.module.DataType.FLOAT or len(shape) != 2 or shape[1] < 1:
-        raise EngineError(
-            f"plan: expected {name} of float32 [N, columns], got {kind} {shape}",
-            "refused artifact",
-        )
-    return int(shape[1])
+def _picture_shape(library: TensorRT, engine: Any, form: str) -> tuple[int, int, int]:
+    """Height, width and channels, once the tensors are known to be those of the graph contract."""
+    trt = library.module
+    dtypes = {trt.DataType.UINT8: "uint8", trt.DataType.FLOAT: "float32"}
+    inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
+    for index in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(index)
+        kind = engine.get_tensor_dtype(name)
+        sides = [None if side < 0 else int(side) for side in engine.get_tensor_shape(name)]
+        of_its_kind = inputs if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT else outputs
+        of_its_kind.append((name, dtypes.get(kind, str(kind)), sides))
+    return input_shape(form, inputs, outputs)
