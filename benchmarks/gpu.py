@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from benchmarks import cases, device, training
 from benchmarks.harness import Options, Report, Spread, Table, interleave, ratio, spread
-from runtime import metrics
+from runtime import machine, metrics
 from runtime.bundle import Bundle
 from runtime.engines import cudart, tensorrt_build
 from runtime.engines.engine import Engine, logits_of
@@ -184,6 +184,7 @@ def require_gpu() -> cudart.Device:
 def _facts(gpu: cudart.Device, library: cudart.Cudart, *, graph: bool) -> dict[str, str]:
     major, minor = gpu.compute_capability
     return {
+        "GPU": ", ".join(machine.gpus()) or "the driver does not name it",
         "compute capability": f"{major}.{minor}",
         "memory": f"{gpu.total_bytes / 2**30:.1f} GiB"
         + (", shared with the CPU" if gpu.integrated else ""),

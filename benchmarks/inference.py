@@ -1,4 +1,4 @@
-"""INT8 against FP32 on onnxruntime's CPU provider, and what the runtime adds to the bare call.
+"""INT8 against FP32 on onnxruntime's CPU provider, and where a call of the classifier spends time.
 
 One thread, so that the figures say something about a device whose other cores have other work.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.harness import Options, Report, Table, Times, difference, interleave, ratio, spread
+from benchmarks.harness import Options, Report, Table, Times, interleave, ratio, spread
 from runtime import Bundle, Classifier
 from runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
 from runtime.errors import BundleError
@@ -33,12 +33,11 @@ def measure(options: Options) -> Report:
     bundle = Bundle.open(options.bundle)
     seconds = 1.0 if options.quick else 15.0
     forms, timings = _forms(bundle, seconds)
-    wrapper, wrapper_us = _wrapper(seconds / 3)
     stages, stage_ms = _stages(options.bundle, seconds / 3)
     return Report(
         title=f"Inference of {bundle.manifest.name} {bundle.manifest.version}",
-        tables=(forms, wrapper, stages),
-        figures={"forms": timings, "wrapper_us": wrapper_us, "stages_ms": stage_ms},
+        tables=(forms, stages),
+        figures={"forms": timings, "stages_ms": stage_ms},
     )
 
 
@@ -77,49 +76,6 @@ def _forms(bundle: Bundle, seconds: float) -> tuple[Table, list[object]]:
         ),
     )  # fmt: skip
     return table, figures
-
-
-def _wrapper(seconds: float) -> tuple[Table, object]:
-    engine = OnnxRuntimeEngine(_empty_model(), form="fp32", threads=1)
-    image = np.zeros((1, *engine.shape), np.uint8)
-    # The engine's own session, so that nothing but the wrapper differs.
-    bare = functools.partial(engine._session.run, ["logits", "features"], {"image": image})
-    calls = {"session.run": bare, "Engine.infer": functools.partial(engine.infer, image)}
-    # One call is too short for the clock.
-    times = interleave(calls, seconds=seconds, settle=SETTLE, calls=100)
-    figures = {f"`{name}`": spread(taken.cpu, scale=1e6) for name, taken in times.items()}
-    figures["difference"] = difference(
-        times["Engine.infer"].cpu, times["session.run"].cpu, scale=1e6
-    )
-    table = Table(
-        title="What `Engine.infer` adds to `session.run`, on a model that does nearly nothing",
-        columns=("call", "CPU µs"),
-        rows=tuple((name, str(value)) for name, value in figures.items()),
-    )
-    return table, figures
-
-
-def _empty_model() -> bytes:
-    """The smallest graph that keeps the contract: means of the image as features and logits."""
-    from onnx import TensorProto, helper
-
-    graph = helper.make_graph(
-        [
-            helper.make_node("Cast", ["image"], ["levels"], to=TensorProto.FLOAT),
-            helper.make_node("GlobalAveragePool", ["levels"], ["means"]),
-            helper.make_node("Flatten", ["means"], ["features"]),
-            helper.make_node("Identity", ["features"], ["logits"]),
-        ],
-        "empty",
-        [helper.make_tensor_value_info("image", TensorProto.UINT8, ["N", 2, 2, 1])],
-        [
-            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 2])
-            for name in ("logits", "features")
-        ],
-    )
-    opsets = [helper.make_opsetid("", 20)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    return bytes(model.SerializeToString())
 
 
 def _stages(path: Path, seconds: float) -> tuple[Table, object]:
