@@ -47,6 +47,7 @@ LONG = True
 PAGE = Path(__file__).with_suffix(".md")
 """Where its tables go."""
 
+COMMAND = "python -m benchmarks.run gpu"
 ROOT = Path(__file__).parent.parent
 
 FORMS = ("fp32", "fp16", "int8", "int8-fp16")
@@ -105,9 +106,6 @@ def report(outcomes: Mapping[str, Findings | str], options: Options) -> Report:
         for title, outcome in outcomes.items()
     }
     return Report(title="On a GPU", tables=(what, *tables), figures=figures)
-
-
-COMMAND = "python -m benchmarks.run gpu"
 
 
 def isolated(part: Part, options: Options) -> Findings | str:
