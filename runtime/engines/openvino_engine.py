@@ -1,6 +1,6 @@
 """Run the ONNX model with OpenVINO on the CPU; only for who installs it and asks for it.
 
-Where it is faster than onnxruntime, and what that costs, is measured by benchmarks/openvino.py and
+When it is faster than onnxruntime, and what that costs, is measured by benchmarks/openvino.py and
 weighed in docs/decisions/0009-openvino.md. It does not know how forms are made or chosen.
 """
 
