@@ -29,8 +29,8 @@ BEGIN = "<!-- begin generated: make docs -->"
 END = "<!-- end generated -->"
 COMMANDS = (
     ("train",), ("train", "degradations"), ("calibration",), ("export",), ("export", "gate"),
-    ("runtime",), ("runtime", "classify"), ("runtime", "verify"), ("runtime", "doctor"),
-    ("runtime", "benchmark"),
+    ("runtime",), ("runtime", "classify"), ("runtime", "build"), ("runtime", "verify"),
+    ("runtime", "doctor"), ("runtime", "benchmark"),
 )  # fmt: skip
 
 

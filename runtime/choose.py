@@ -1,28 +1,42 @@
 """Choose the engine for a bundle on this machine, and say why the others were passed over.
 
-One candidate at a time, fastest first; each is opened, asked to replay the golden samples, and
-accepted or rejected with a sentence. Nothing steps down in silence.
+One engine at a time, fastest kind first; each is opened, asked to replay the golden samples, and
+accepted or rejected with a sentence. Nothing steps down in silence, and what is required is never
+replaced by something less. It does not know the engines' libraries.
 """
 
+import importlib
 import logging
-import platform
 from typing import Any, NamedTuple
 
 import numpy.typing as npt
 
+from runtime import machine
+from runtime.build import BATCH, Opened, open_tensorrt
 from runtime.bundle import Bundle
+from runtime.candidates import EngineName, Kind, Request, Round, plan_rounds
+from runtime.engines import cudart
 from runtime.engines.engine import Engine
+from runtime.engines.onnxruntime_cuda_engine import OnnxRuntimeCudaEngine
 from runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
-from runtime.errors import EngineError
-from runtime.manifest import Artifact
+from runtime.engines.onnxruntime_tensorrt_engine import OnnxRuntimeTensorRTEngine
+from runtime.engines.openvino_engine import OpenVinoEngine
+from runtime.engines.plan_cache import PlanCache
+from runtime.engines.tensorrt_library import load_library
+from runtime.errors import EngineError, EngineFault
+from runtime.manifest import Form
+from runtime.race import Key, Ranking, race, rank, recall, remember
 from runtime.selftest import SelfTest, replay
 
 _log = logging.getLogger(__name__)
 
-_ENGINE = "onnxruntime CPU"
+_WHOLE_ENGINE: tuple[EngineFault, ...] = ("missing library", "wrong version", "no device")
+"""Faults of the machine: they hold for every form, so one sentence is enough."""
 
-CPU_FORMS = ("int8-cpu", "fp32")
-"""Fastest first. fp16 and TensorRT's forms run slower than fp32 on a CPU: not candidates."""
+_REMEMBERED: tuple[EngineFault, ...] = ("not built", "failed self-test")
+"""Faults that cost minutes to find again; they last until something in the key changes."""
+
+Golden = dict[str, npt.NDArray[Any]]
 
 
 class Step(NamedTuple):
@@ -30,13 +44,14 @@ class Step(NamedTuple):
 
     engine: str
     form: str
+    """Empty if it is about every form."""
     accepted: bool
     reason: str
+    fault: EngineFault | None = None
 
     def __str__(self) -> str:
-        return (
-            f"{self.engine}, {self.form}: {'' if self.accepted else 'passed over: '}{self.reason}"
-        )
+        name = f"{self.engine}, {self.form}" if self.form else self.engine
+        return f"{name}: {'' if self.accepted else 'passed over: '}{self.reason}"
 
 
 class Choice(NamedTuple):
@@ -47,67 +62,221 @@ class Choice(NamedTuple):
     steps: tuple[Step, ...]
 
 
-def choose_engine(bundle: Bundle, *, form: str | None = None, threads: int | None = None) -> Choice:
+def choose_engine(
+    bundle: Bundle,
+    request: Request | None = None,
+    *,
+    cache: PlanCache | None = None,
+    rebuild: bool = False,
+) -> Choice:
     """Open the fastest engine that runs ``bundle`` here and answers as proven.
 
-    A form that export measured to be slower than fp32, on a processor of this architecture, is
-    passed over. ``form`` asks for one form, whatever its speed, and makes anything else an error.
-    ``threads`` is the number of CPU threads of one call.
+    Forms of one engine are raced against each other the first time, and the outcome is remembered
+    in ``cache`` (by default ``PlanCache.default()``), as are TensorRT's plans. ``rebuild`` forgets
+    what is remembered.
 
-    Raises EngineError with every candidate's reason if none is left, or if the manifest requires
-    a provider that is not to be had.
+    Raises EngineError with every candidate's reason if none is left, and if only something less
+    than ``request`` or the bundle's manifest requires is to be had.
     """
-    required = bundle.manifest.required_provider
-    if required not in (None, "cpu"):
-        raise EngineError(
-            f"{bundle.path}: requires the {required} provider; this fieldfit runs onnxruntime on "
-            "the CPU"
-        )
-    steps: list[Step] = []
-    golden = bundle.golden()
-    for candidate in (form,) if form else CPU_FORMS:
-        slow = None if form else slower(bundle.manifest.artifact(candidate), platform.machine())
-        if slow:
-            step, engine, selftest = Step(_ENGINE, candidate, False, slow), None, None
-        else:
-            step, engine, selftest = try_form(bundle, candidate, threads, golden)
-        steps.append(step)
-        _log.log(logging.INFO if step.accepted else logging.WARNING, "%s", step)
-        if engine is not None and selftest is not None:
-            return Choice(engine, selftest, tuple(steps))
-    if form:
-        raise EngineError(f"{bundle.path}: {steps[0].engine}, {form}: {steps[0].reason}")
-    reasons = "; ".join(str(step) for step in steps)
-    raise EngineError(f"{bundle.path}: no engine can run it here: {reasons}")
-
-
-def slower(artifact: Artifact | None, machine: str) -> str:
-    """Why ``artifact`` loses time on a CPU of the architecture ``machine``; empty if not known to.
-
-    A processor of another architecture has other instructions: what was measured says nothing.
-    """
-    if artifact is None or artifact.relative_speed is None or artifact.speed_machine != machine:
-        return ""
-    if artifact.relative_speed >= 1.0:
-        return ""
-    return (
-        f"slower than fp32 where it was made ({artifact.relative_speed:.2f}x on {machine}); asking "
-        "for this form runs it all the same"
+    request = request or Request()
+    negotiation = _Negotiation(bundle, request, cache or PlanCache.default(), rebuild)
+    forms = [artifact.form for artifact in bundle.manifest.artifacts]
+    minimum = bundle.manifest.required_provider
+    try:
+        rounds, excluded = plan_rounds(request, forms, minimum)
+    except EngineError as error:
+        raise EngineError(f"{bundle.path}: {error}", error.fault) from error
+    for kind, reason in excluded:
+        negotiation.add(Step(kind.title, "", False, reason, "not wanted"))
+    for around in rounds:
+        opened = negotiation.run(around)
+        if opened is not None:
+            return negotiation.accept(around.kind, opened)
+    steps = negotiation.steps
+    need = request.require or minimum
+    what = f"{need} is required and cannot be had" if need else "no engine can run it"
+    fault = next((step.fault for step in steps if step.fault != "not wanted"), None)
+    raise EngineError(
+        f"{bundle.path}: {what} here: {'; '.join(map(str, steps))}", fault or "not wanted"
     )
 
 
-def try_form(
-    bundle: Bundle, form: str, threads: int | None, golden: dict[str, npt.NDArray[Any]]
-) -> tuple[Step, Engine | None, SelfTest | None]:
-    if bundle.manifest.artifact(form) is None:
-        forms = ", ".join(artifact.form for artifact in bundle.manifest.artifacts)
-        return Step(_ENGINE, form, False, f"not in the bundle, which has {forms}"), None, None
+def prove_on_cpu(bundle: Bundle, form: str, golden: Golden) -> Step:
+    """Replay the golden samples of one form on this machine's CPU, whatever else there is."""
+    title = "onnxruntime CPU"
     try:
-        engine = OnnxRuntimeEngine(bundle.model(form), form=form, threads=threads)
-        selftest = replay(engine, golden)
+        with OnnxRuntimeEngine(bundle.model(form), form=form) as engine:
+            selftest = _prove(engine, golden)
     except EngineError as error:
-        return Step(_ENGINE, form, False, str(error)), None, None
+        return Step(title, form, False, str(error), error.fault)
+    return Step(title, form, True, selftest.reason)
+
+
+def _prove(engine: Engine, golden: Golden) -> SelfTest:
+    selftest = replay(engine, golden)
     if not selftest.passed:
-        engine.close()
-        return Step(_ENGINE, form, False, f"failed its self-test: {selftest.reason}"), None, None
-    return Step(_ENGINE, form, True, selftest.reason), engine, selftest
+        raise EngineError(f"failed its self-test: {selftest.reason}", "failed self-test")
+    return selftest
+
+
+class _Negotiation:
+    """One negotiation: what it works on, and the steps so far."""
+
+    def __init__(self, bundle: Bundle, request: Request, cache: PlanCache, rebuild: bool) -> None:
+        self.bundle, self.request, self.cache, self.rebuild = bundle, request, cache, rebuild
+        self.golden = bundle.golden()
+        self.steps: list[Step] = []
+        self._gone: set[str] = set()
+        """Engines that cannot be had at all."""
+
+    def run(self, around: Round) -> Opened | None:
+        """The winner of this round, or None once every form has been passed over."""
+        kind = around.kind
+        if kind.name in self._gone:
+            return None
+        key = self._key(kind)
+        known = None if self.rebuild else recall(self.cache.folder, key)
+        failed = known.failed if known else {}
+        left = tuple(form for form in around.forms if form not in failed)
+        for form in around.forms:
+            if form in failed and known:
+                reason = f"{failed[form]} (on {known.date}; fieldfit build --rebuild tries again)"
+                self.add(Step(kind.title, form, False, reason, "failed self-test"))
+        if known and left and all(form in known.milliseconds for form in left):
+            ranking = rank({form: known.milliseconds[form] for form in left}, self._sqnr_db())
+            return self._by_memory(kind, ranking, f"measured {known.date}")
+        return self._by_race(kind, left, key, failed)
+
+    def _by_memory(self, kind: Kind, ranking: Ranking, when: str) -> Opened | None:
+        winner: Opened | None = None
+        for form in ranking.order:
+            if winner is None:
+                winner = self._try(kind, form)
+            else:
+                reason = f"{ranking.reasons[form]}, {when}"
+                self.add(Step(kind.title, form, False, reason, "too slow"))
+        return winner
+
+    def _by_race(
+        self, kind: Kind, forms: tuple[Form, ...], key: Key, failed: dict[str, str]
+    ) -> Opened | None:
+        runners: dict[str, Opened] = {}
+        found = dict(failed)
+        for form in forms:
+            opened = self._try(kind, form)
+            if opened is not None:
+                runners[form] = opened
+            elif kind.name in self._gone:
+                return None
+            elif self.steps[-1].fault in _REMEMBERED:
+                found[form] = self.steps[-1].reason
+        engines = [opened.engine for opened in runners.values()]
+        milliseconds = race(engines, self.golden["images"]) if len(engines) > 1 else {}
+        if milliseconds or found != failed:
+            self._remember(key, milliseconds, found)
+        if len(engines) <= 1:
+            return next(iter(runners.values()), None)
+        ranking = rank(milliseconds, self._sqnr_db())
+        for slower, reason in ranking.reasons.items():
+            runners[slower].engine.close()
+            self.add(Step(kind.title, slower, False, reason, "too slow"))
+        return runners[ranking.order[0]]
+
+    def accept(self, kind: Kind, opened: Opened) -> Choice:
+        """Close the negotiation with this engine."""
+        reason = "; ".join(filter(None, (opened.selftest.reason, opened.how)))
+        self.add(Step(kind.title, opened.engine.form, True, reason))
+        return Choice(opened.engine, opened.selftest, tuple(self.steps))
+
+    def add(self, step: Step) -> None:
+        """Take the step down, and say it."""
+        loud = not step.accepted and step.fault not in ("too slow", "not wanted")
+        _log.log(logging.WARNING if loud else logging.INFO, "%s", step)
+        self.steps.append(step)
+
+    def _try(self, kind: Kind, form: str) -> Opened | None:
+        try:
+            return self._open(kind, form)
+        except EngineError as error:
+            self._reject(kind, form, error)
+            return None
+
+    def _reject(self, kind: Kind, form: str, error: EngineError) -> None:
+        if error.fault in _WHOLE_ENGINE:
+            self._gone.add(kind.name)
+            form = ""
+        self.add(Step(kind.title, form, False, str(error), error.fault))
+
+    def _open(self, kind: Kind, form: str) -> Opened:
+        model, shape = self.bundle.model(form), self.bundle.manifest.input.shape
+        request, cache = self.request, self.cache
+        if kind.name == "tensorrt":
+            return open_tensorrt(
+                model, form, shape, self._prove,
+                cache=cache, device=request.device, rebuild=self.rebuild,
+            )  # fmt: skip
+        engine: Engine
+        match kind.name:
+            case "onnxruntime-tensorrt":
+                folder = cache.folder and cache.folder / "onnxruntime"
+                engine = OnnxRuntimeTensorRTEngine(
+                    model, form=form, shape=shape, batch=BATCH, device=request.device, cache=folder
+                )
+            case "onnxruntime-cuda":
+                engine = OnnxRuntimeCudaEngine(model, form=form, device=request.device)
+            case "openvino":
+                engine = OpenVinoEngine(model, form=form, threads=request.threads)
+            case "onnxruntime-cpu":
+                engine = OnnxRuntimeEngine(model, form=form, threads=request.threads)
+        try:
+            return Opened(engine, self._prove(engine))
+        except BaseException:
+            engine.close()
+            raise
+
+    def _prove(self, engine: Engine) -> SelfTest:
+        return _prove(engine, self.golden)
+
+    def _key(self, kind: Kind) -> Key:
+        request = self.request
+        return Key(
+            bundle=self.bundle.manifest.digest,
+            engine=kind.name,
+            version=_version(kind.name),
+            machine=_machine(kind.name, request.device),
+            threads=request.threads or 0,
+        )
+
+    def _remember(self, key: Key, milliseconds: dict[str, float], failed: dict[str, str]) -> None:
+        unkept = remember(self.cache.folder, key, milliseconds, failed)
+        if unkept:
+            _log.warning(
+                "what was measured is not kept, and is measured at every start: %s", unkept
+            )
+
+    def _sqnr_db(self) -> dict[str, float]:
+        return {a.form: a.quality.sqnr_db for a in self.bundle.manifest.artifacts}
+
+
+def _version(engine: EngineName) -> str:
+    """Of the library; empty where it is missing, which opening the engine will say."""
+    if engine == "tensorrt":
+        library = load_library()
+        return "" if isinstance(library, str) else f"{library.flavour} {library.version}"
+    try:
+        module = importlib.import_module(engine.partition("-")[0])
+    except ImportError:
+        return ""
+    return str(module.__version__)
+
+
+def _machine(engine: EngineName, device: int) -> str:
+    """What the speed depends on besides the library."""
+    where = f"{machine.platform_tag()}, {machine.cpu_model()}"
+    if engine in ("openvino", "onnxruntime-cpu"):
+        return where
+    gpu = cudart.probe(device)
+    if isinstance(gpu, str):
+        return where
+    capability = ".".join(map(str, gpu.compute_capability))
+    return f"{where}, compute capability {capability}, CUDA driver {gpu.driver_version}"

@@ -16,9 +16,11 @@ import msgspec
 
 from runtime import metrics
 from runtime.bundle import Bundle
+from runtime.candidates import EngineName, Request
 from runtime.choose import Choice, choose_engine
+from runtime.engines.plan_cache import PlanCache
 from runtime.errors import BundleError
-from runtime.manifest import Adaptation
+from runtime.manifest import Adaptation, Minimum
 from runtime.preprocess import ImageLike, preprocess_batch
 from runtime.version import __version__
 
@@ -54,18 +56,32 @@ class Classifier:
 
     @classmethod
     def open(
-        cls, path: str | Path, *, form: str | None = None, threads: int | None = None
+        cls,
+        path: str | Path,
+        *,
+        require: Minimum | None = None,
+        engine: EngineName | None = None,
+        form: str | None = None,
+        threads: int | None = None,
+        device: int = 0,
+        cache: str | Path | None = None,
     ) -> "Classifier":
         """Verify the bundle at ``path``, choose an engine and replay the golden samples on it.
 
-        ``form`` asks for one form (``fp32``, ``int8-cpu``) and makes a step down an error.
+        ``require`` makes a step down an error: ``tensorrt``, or ``cuda`` for any engine on the
+        GPU. ``engine`` and ``form`` (``fp16``, ``int8-cpu``, ...) ask for one alone; the rest is
+        as in ``Request``. ``cache`` is the folder of built engines and of what was measured here,
+        by default $FIELDFIT_CACHE or ~/.cache/fieldfit. The first opening on a device builds and
+        measures, which can take minutes with TensorRT.
 
         Raises BundleError if a byte is not as the manifest says, EngineError if nothing can run
         it here.
         """
         bundle = Bundle.open(path)
         check_runtime(bundle)
-        return cls(bundle, choose_engine(bundle, form=form, threads=threads))
+        request = Request(engine, form, require, threads, device)
+        plans = PlanCache(Path(cache)) if cache else PlanCache.default()
+        return cls(bundle, choose_engine(bundle, request, cache=plans))
 
     @property
     def reasons(self) -> list[str]:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -14,6 +15,11 @@ if (_worker := os.environ.get("PYTEST_XDIST_WORKER")) is not None:
     # their time waiting for each other.
     _cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {_cores[int(_worker.removeprefix("gw")) % len(_cores)]})
+
+
+_cache = tempfile.TemporaryDirectory(prefix="fieldfit-cache-")
+os.environ["FIELDFIT_CACHE"] = _cache.name
+"""For every test and every process that one starts: the user's own cache is no business of theirs."""
 
 
 def draw(class_index: int, number: int, size: int = 32) -> Image.Image:

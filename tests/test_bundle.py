@@ -171,6 +171,6 @@ def test_a_required_provider_that_is_missing_is_an_error(
     manifest = msgspec.structs.replace(Bundle.open(bundle).manifest, required_provider="tensorrt")
     (bundle / "manifest.json").write_bytes(encode(manifest))
     assert fieldfit(["doctor", str(bundle), "--json"]) == 1
-    report = json.loads(capsys.readouterr().out)
+    report = json.loads(capsys.readouterr().out)["bundle"]
     assert report["engine"] == "none"
-    assert "requires the tensorrt provider" in report["reasons"][0]
+    assert "tensorrt is required" in report["reasons"][0]

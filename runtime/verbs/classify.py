@@ -1,0 +1,83 @@
+"""``fieldfit classify``: one line for each image."""
+
+import argparse
+import glob
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from runtime.errors import DataError
+from runtime.preprocess import IMAGE_SUFFIXES
+from runtime.verbs.options import add_engine_options, add_verb, request
+
+
+def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the verb to the command."""
+    parser = add_verb(
+        verbs,
+        "classify",
+        run,
+        summary="classify images",
+        description="Print one line for each image: label, score, path. Folders are searched for "
+        "images; an image that cannot be read is reported and the rest goes on. With --json each "
+        "line is one JSON object; that of an unreadable image has an error instead of an answer. "
+        "At the first use on a device with TensorRT the engine is built, which can take minutes.",
+        example="fieldfit classify build/solar/bundle photos/ --json",
+    )
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("images", nargs="+", help="files, folders or quoted glob patterns")
+    add_engine_options(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """1 if an image could not be read, else 0."""
+    from runtime.classifier import Classifier
+
+    failed = 0
+    asked = request(options)._asdict()
+    with Classifier.open(options.bundle, **asked, cache=options.cache) as model:
+        print(f"fieldfit: {model.reasons[-1]}", file=sys.stderr)
+        if not model.adaptation.verified:
+            print(f"fieldfit: {model.adaptation}", file=sys.stderr)
+        for path in find_images(options.images):
+            try:
+                answer = model(path)
+            except DataError as error:
+                failed += 1
+                print(f"fieldfit: {error}", file=sys.stderr)
+                if options.json:
+                    print(json.dumps({"path": str(path), "error": str(error)}), flush=True)
+                continue
+            if options.json:
+                print(json.dumps({"path": str(path), **msgspec.to_builtins(answer)}), flush=True)
+            else:
+                mark = " (abstained)" if answer.abstained else ""
+                print(f"{answer.label}\t{answer.score:.4f}\t{path}{mark}", flush=True)
+    return 1 if failed else 0
+
+
+def find_images(places: list[str]) -> Iterator[Path]:
+    """Files as named, images below folders, matches of glob patterns; sorted within each place.
+
+    Raises DataError for a place that gives no image.
+    """
+    for place in places:
+        path = Path(place)
+        if path.is_dir():
+            found = sorted(f for f in path.rglob("*") if _is_image(f.relative_to(path), f))
+        elif path.exists() or not glob.has_magic(place):
+            found = [path]
+        else:
+            found = sorted(Path(match) for match in glob.glob(place, recursive=True))  # noqa: PTH207
+        if not found:
+            raise DataError(f"{place}: no images there ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        yield from found
+
+
+def _is_image(inside: Path, file: Path) -> bool:
+    """By its suffix; hidden files and folders are skipped, as in training."""
+    hidden = any(part.startswith(".") for part in inside.parts)
+    return not hidden and file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()

@@ -1,0 +1,90 @@
+"""How verbs explain themselves, and the options that several of them share."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import get_args
+
+from runtime.candidates import EngineName, Request
+from runtime.engines.plan_cache import PlanCache
+from runtime.manifest import Minimum
+
+
+def add_verb(
+    verbs: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    *,
+    summary: str,
+    description: str,
+    example: str,
+) -> argparse.ArgumentParser:
+    """Add a verb that ``run`` carries out; each has ``--json``, for programs that read."""
+    parser = verbs.add_parser(
+        name, help=summary, description=description, epilog=f"Example: {example}"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON for programs")
+    parser.set_defaults(verb=run)
+    return parser
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Which engine may run, and where plans are kept; ``request`` and ``cache`` read them."""
+    parser.add_argument(
+        "--require",
+        choices=get_args(Minimum),
+        help="fail rather than step down: tensorrt, or cuda for any engine on the GPU",
+    )
+    parser.add_argument(
+        "--engine", choices=get_args(EngineName), help="run this engine and no other"
+    )
+    parser.add_argument("--form", help="run this form of the bundle (fp16, int8-cpu, ...), or fail")
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads; default all")
+    parser.add_argument("--device", type=ordinal, default=0, metavar="N", help="GPU; default 0")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        metavar="FOLDER",
+        help="where built engines are kept; default $FIELDFIT_CACHE, else ~/.cache/fieldfit",
+    )
+
+
+def request(options: argparse.Namespace) -> Request:
+    """What the options insist on."""
+    return Request(
+        engine=options.engine,
+        form=options.form,
+        require=options.require,
+        threads=options.threads,
+        device=options.device,
+    )
+
+
+def cache(options: argparse.Namespace) -> PlanCache:
+    """Where plans are kept."""
+    return PlanCache(options.cache) if options.cache else PlanCache.default()
+
+
+def positive(text: str) -> int:
+    """A whole number of 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of 1 or more, got {text!r}")
+    return int(text)
+
+
+def ordinal(text: str) -> int:
+    """A whole number of 0 or more."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number of 0 or more, got {text!r}")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    """A time above 0 and below a day."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 86_400:
+        raise argparse.ArgumentTypeError(f"expected seconds above 0, got {text!r}")
+    return value
