@@ -33,6 +33,9 @@ Memory = Literal["pinned", "mapped"]
 MAX_GRAPHS = 4
 """Batch sizes that get a CUDA graph, the first that come twice; each costs an execution context."""
 
+_GRAPH_TOLERANCE = 0.01
+"""Of the largest value: the same kernels may add in another order, an empty graph leaves zeros."""
+
 
 class TensorRTEngine(Engine):
     """A deserialized plan over the graph contract, with memory for its largest batch.
@@ -121,39 +124,60 @@ class TensorRTEngine(Engine):
         return batch
 
     def _start(self, batch: "_Batch") -> None:
-        """Queue a run; as a CUDA graph if this batch size came before and may have one."""
-        if batch.came_before and not self.graph_refusal:
-            graphs = sum(bool(other.graph) for other in self._batches.values())
-            if graphs < MAX_GRAPHS and self._capture(batch):
-                self._cuda.launch(batch.graph, self._stream)
-                return
+        """Queue a run, and make a CUDA graph of it if this batch size may have one."""
+        graphs = sum(bool(other.graph) for other in self._batches.values())
+        if batch.came_before and not self.graph_refusal and graphs < MAX_GRAPHS:
+            self._capture(batch)
         batch.came_before = True
+        if batch.graph:
+            self._cuda.launch(batch.graph, self._stream)
+            return
         if len(batch.image) != self._shaped:
             self._shape(self._context, batch)
             self._shaped = len(batch.image)
         self._queue(self._context, batch)
 
-    def _capture(self, batch: "_Batch") -> bool:
-        """Capture a run of this batch size; False, for good, if that cannot be done.
+    def _capture(self, batch: "_Batch") -> None:
+        """Give this batch size its CUDA graph, or remember for good why there are none.
 
         A graph has a context of its own: telling a context another shape spoils what was captured
         from it, and the first run after a new shape does work that must not be captured.
         (TensorRT developer guide, "CUDA Graphs".)
         """
         try:
-            context = self._new_context()
-            self._shape(context, batch)
-            self._queue(context, batch)
+            batch.context = self._new_context()
+            self._shape(batch.context, batch)
+            self._queue(batch.context, batch)
             self._cuda.synchronize(self._stream)
-            graph = self._cuda.capture(self._stream, lambda: self._queue(context, batch))
+            graph = self._cuda.capture(self._stream, lambda: self._queue(batch.context, batch))
+            self._resources.callback(self._cuda.destroy_graph, graph)
+            self._try(graph, batch)
+            batch.graph = graph
         except EngineError as error:
+            batch.context = None
             self.graph_refusal = str(error)
             self._heard.errors.clear()
             _log.warning("%s: goes on without CUDA graphs: %s", self, error)
-            return False
-        self._resources.callback(self._cuda.destroy_graph, graph)
-        batch.graph, batch.context = graph, context
-        return True
+
+    def _try(self, graph: int, batch: "_Batch") -> None:
+        """Raise EngineError unless the graph gives the answers that the buffers hold.
+
+        A capture may succeed and be empty (reported in ultralytics/ultralytics#26223), so the
+        answers are erased on both sides first.
+        """
+        expected = Outputs(batch.logits.copy(), batch.features.copy())
+        for buffer in (self._logits, self._features):
+            buffer.host[...] = 0
+            if self.memory == "pinned":
+                buffer.upload(self._cuda, len(buffer.host), self._stream)
+        self._cuda.launch(graph, self._stream)
+        self._cuda.synchronize(self._stream)
+        for values, got in zip(expected, (batch.logits, batch.features), strict=True):
+            largest = np.max(np.abs(values), initial=0, where=np.isfinite(values))
+            if not np.allclose(
+                values, got, rtol=0, atol=_GRAPH_TOLERANCE * largest, equal_nan=True
+            ):
+                raise EngineError(f"{self}: a graph answers otherwise than what it was made from")
 
     def _shape(self, context: Any, batch: "_Batch") -> None:
         if not context.set_input_shape("image", batch.image.shape):
