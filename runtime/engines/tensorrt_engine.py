@@ -125,8 +125,11 @@ class TensorRTEngine(Engine):
 
     def _start(self, batch: "_Batch") -> None:
         """Queue a run, and make a CUDA graph of it if this batch size may have one."""
-        graphs = sum(bool(other.graph) for other in self._batches.values())
-        if batch.came_before and not self.graph_refusal and graphs < MAX_GRAPHS:
+        if (
+            batch.came_before
+            and not self.graph_refusal
+            and sum(bool(other.graph) for other in self._batches.values()) < MAX_GRAPHS
+        ):
             self._capture(batch)
         batch.came_before = True
         if batch.graph:
