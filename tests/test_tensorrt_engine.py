@@ -513,6 +513,18 @@ def test_a_plan_of_another_version_is_refused(trt: StandIn, version: tuple[int, 
     assert trt.logger is None  # TensorRT was not touched
 
 
+def test_a_real_plan_of_another_version_is_refused_by_its_header(cuda: ctypes.CDLL) -> None:
+    rtx = pytest.importorskip(
+        "tensorrt_rtx", reason="needs tensorrt-rtx: pip install fieldfit[dev]"
+    )
+    plan = rtx_plan()
+    error = refusal(plan[:24] + bytes([1, 0, 0, 9]) + plan[28:])
+    assert str(error) == (
+        f"the plan was built by tensorrt-rtx 1.0.0.9, this is {rtx.__version__}; build it again"
+    )
+    assert error.fault == "wrong version"
+
+
 def test_bindings_that_tell_three_numbers_are_compared_by_three(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -549,14 +561,22 @@ def test_the_engine_tells_its_kernels(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(isinstance(DEVICE, str), reason=f"needs a GPU: {DEVICE}")
-def test_a_real_engine_answers_like_onnxruntime() -> None:
+@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("memory", ["pinned", "mapped"])
+def test_a_real_engine_answers_like_onnxruntime(
+    reference: OnnxRuntimeEngine, memory: Memory, graphs: bool
+) -> None:
     if isinstance(reason := load_library(), str):
         pytest.skip(f"needs TensorRT: {reason}")
-    model = tiny_model()
-    built = build(model, batch=(1, 1, MAX_BATCH), shape=SHAPE)
-    reference = OnnxRuntimeEngine(model, form="fp32", threads=1)
-    with TensorRTEngine(built.plan, sha256=built.sha256, form="fp32") as engine:
-        for count in (1, 4, 2):
-            images = pictures(count, seed=count)
+    built = build(tiny_model(), batch=(1, 1, MAX_BATCH), shape=SHAPE)
+    engine = TensorRTEngine(
+        built.plan, sha256=built.sha256, form="fp32", memory=memory, graphs=graphs
+    )
+    with engine:
+        for call, count in enumerate((1, 1, 1, 4, 4, 2, 4, 1, 2, 2)):
+            images = pictures(count, seed=call)
             for got, expected in zip(engine.infer(images), reference.infer(images), strict=True):
                 np.testing.assert_allclose(got, expected, rtol=1e-2, atol=1e-2)  # TF32
+        if graphs and engine.name == "tensorrt":
+            assert engine.graph_refusal == ""
+        assert parse_inspection(engine.layer_information()).layers
