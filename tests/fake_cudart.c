@@ -13,7 +13,7 @@ typedef struct {
 } Work;
 typedef struct { Work *items; int count, room; } List;
 
-static int last = 0, live = 0, launches = 0;
+static int last = 0, live = 0, launches = 0, copies = 0;
 static List queue, graph;
 static void *capturing = NULL; /* the stream */
 static int spoiled = 0;        /* a capture in which something was called that cannot be captured */
@@ -100,6 +100,7 @@ int cudaHostGetDevicePointer(void **device, void *host, unsigned flags) {
 }
 int cudaMemcpyAsync(void *to, const void *from, size_t size, int kind, void *stream) {
     if (kind != 1 && kind != 2) return answer(21);
+    copies++;
     return enqueue(stream, (Work){to, from, size, NULL, 0});
 }
 int cudaStreamCreateWithFlags(void **stream, unsigned flags) {
@@ -166,5 +167,6 @@ int fakeLaunch(void *stream, void (*run)(long), long argument) {
 int fakeCapturing(void *stream) { return stream == capturing; }
 int fakeLive(void) { return live; }
 int fakeLaunches(void) { return launches; }
+int fakeCopies(void) { return copies; }
 int fakeDevice(void) { return current; }
 int fakeLastError(void) { return last; }

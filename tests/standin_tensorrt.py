@@ -44,8 +44,9 @@ def install(
     """Be ``tensorrt`` and the only CUDA runtime of this test; skipped without a C compiler.
 
     Returns the module, whose attributes make it misbehave, and the CUDA library, which counts:
-    ``fakeLive()`` allocations that nobody freed, ``fakeLaunches()`` of graphs. The environment
-    variables ``FAKE_CUDA_*`` in fake_cudart.c make that one misbehave.
+    ``fakeLive()`` allocations that nobody freed, ``fakeLaunches()`` of graphs, ``fakeCopies()``
+    that were queued. The environment variables ``FAKE_CUDA_*`` in fake_cudart.c make that one
+    misbehave.
     """
     library = compile_cudart(folder / "libcudart.so.12")
     monkeypatch.setattr(cudart, "_candidates", lambda: iter([str(library)]))
@@ -109,7 +110,7 @@ class StandIn(types.ModuleType):
     fail_capture: bool = False
     """Queueing fails, but only while the stream is being captured."""
     empty_capture: bool = False
-    """Queueing succeeds while the stream is being captured, and puts nothing into the graph."""
+    """While the stream is being captured, queueing logs an error, succeeds, and queues nothing."""
     shares_memory: bool = True
     """False as before 10.1: contexts cannot be given memory of one size."""
     third_tensor: str = "logits"
@@ -126,6 +127,8 @@ class StandIn(types.ModuleType):
         self.logger: Any = None
         self.builds = 0
         """Engines built."""
+        self.shapes_told = 0
+        """Calls of set_input_shape, by all contexts."""
         self.timed = 0
         """Builds that found nothing in their timing cache."""
         self.runs: dict[int, Callable[[], None]] = {}
@@ -188,6 +191,7 @@ class StandIn(types.ModuleType):
         number = id(run)
         captured = bool(cuda.fakeCapturing(ctypes.c_void_p(stream)))
         if captured and self.empty_capture:
+            self.say("enqueueV3: Error Code 1: Myelin (signal failed)")
             return True
 
         def once() -> None:
@@ -601,6 +605,7 @@ class Context:
         """A plain run with these shapes was queued: only then can one be captured."""
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.engine.trt.shapes_told += 1
         smallest, _, largest = self.engine.settings["profile"]
         fits = all(a <= b <= c for a, b, c in zip(smallest, shape, largest, strict=True))
         if name != "image" or not fits or self.engine.trt.refuse_shapes:

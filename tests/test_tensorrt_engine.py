@@ -216,6 +216,7 @@ def installed(
     yield module, library
     gc.collect()
     assert library.fakeLive() == 0  # whatever happened, nothing stays allocated
+    assert not module.host_code_allowed  # a plan may carry code for the host
     if module.logger is not None:
         assert module.logger.sinks == []
 
@@ -379,12 +380,23 @@ def test_graphs_are_not_for_tensorrt_rtx(trt: StandIn) -> None:
     assert refusal.startswith("tensorrt-rtx replaces its first kernels")
 
 
+def test_a_context_is_told_a_shape_only_when_it_changes(trt: StandIn) -> None:
+    with stand_in_engine(graphs=False) as engine:
+        for count in (1, 1, 1, 2, 2, 1):
+            engine.infer(pictures(count))
+    assert trt.shapes_told == 3
+
+
 def test_mapped_memory_is_one_piece_for_both_sides(trt: StandIn, cuda: ctypes.CDLL) -> None:
-    live = {}
+    live, copies = {}, {}
     memories: tuple[Memory, ...] = ("pinned", "mapped")
     for memory in memories:
-        with stand_in_engine(memory=memory, graphs=False):
+        before = cuda.fakeCopies()
+        with stand_in_engine(memory=memory, graphs=False) as engine:
+            engine.infer(pictures(1))
             live[memory] = cuda.fakeLive()
+            copies[memory] = cuda.fakeCopies() - before
+    assert copies == {"pinned": 3, "mapped": 0}
     assert live == {"pinned": 7, "mapped": 4}  # a stream, and three tensors on each side
 
 
