@@ -10,9 +10,7 @@ from typing import Literal, NamedTuple, get_args
 from runtime.errors import EngineError
 from runtime.manifest import Form, Minimum
 
-EngineName = Literal[
-    "tensorrt", "onnxruntime-tensorrt", "onnxruntime-cuda", "openvino", "onnxruntime-cpu"
-]
+EngineName = Literal["tensorrt", "onnxruntime-tensorrt", "onnxruntime-cuda", "onnxruntime-cpu"]
 
 
 class Kind(NamedTuple):
@@ -49,8 +47,6 @@ KINDS = (
     ),
     # It has no INT8 convolution kernels.
     Kind("onnxruntime-cuda", "onnxruntime CUDA", ("cuda",), ("fp16", "fp32"), (("fp16", "fp32"),)),
-    # docs/decisions/0009-openvino.md weighs it.
-    Kind("openvino", "OpenVINO", (), get_args(Form), (("int8-cpu", "fp32"),), opt_in=True),
     # fp16 and TensorRT's INT8 forms are slower than fp32 there: right answers, so on request.
     Kind("onnxruntime-cpu", "onnxruntime CPU", (), get_args(Form), (("int8-cpu", "fp32"),)),
 )

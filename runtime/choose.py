@@ -20,7 +20,6 @@ from runtime.engines.engine import Engine
 from runtime.engines.onnxruntime_cuda_engine import OnnxRuntimeCudaEngine
 from runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
 from runtime.engines.onnxruntime_tensorrt_engine import OnnxRuntimeTensorRTEngine
-from runtime.engines.openvino_engine import OpenVinoEngine
 from runtime.engines.plan_cache import PlanCache
 from runtime.engines.tensorrt_library import load_library
 from runtime.errors import EngineError, EngineFault
@@ -224,8 +223,6 @@ class _Negotiation:
                 )
             case "onnxruntime-cuda":
                 engine = OnnxRuntimeCudaEngine(model, form=form, device=request.device)
-            case "openvino":
-                engine = OpenVinoEngine(model, form=form, threads=request.threads)
             case "onnxruntime-cpu":
                 engine = OnnxRuntimeEngine(model, form=form, threads=request.threads)
         try:
@@ -273,7 +270,7 @@ def _version(engine: EngineName) -> str:
 def _machine(engine: EngineName, device: int) -> str:
     """What the speed depends on besides the library."""
     where = f"{machine.platform_tag()}, {machine.cpu_model()}"
-    if engine in ("openvino", "onnxruntime-cpu"):
+    if engine == "onnxruntime-cpu":
         return where
     gpu = cudart.probe(device)
     if isinstance(gpu, str):

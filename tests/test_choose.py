@@ -231,7 +231,6 @@ def test_a_form_that_fails_on_the_cpu_is_passed_over(tmp_path: Path, no_gpu: Non
     ("hide", "engine", "fault"),
     [
         ("tensorrt", "TensorRT", "missing library"),
-        ("openvino", "OpenVINO", "missing library"),
         ("onnxruntime", "onnxruntime CUDA", "missing library"),
         ("onnxruntime", "onnxruntime CPU", "missing library"),
     ],

@@ -18,7 +18,7 @@ TORCH = {"torch", "torchvision", "timm", "safetensors"}
 MAY_USE_TORCH = {"train", "export"}
 BASE = {"numpy", "PIL", "msgspec", "tqdm", "onnxruntime"}
 """What a device installs; pyproject's dependencies by their import names."""
-LAZY = {"openvino", "tensorrt", "tensorrt_rtx", "tomllib", "tomli"}
+LAZY = {"tensorrt", "tensorrt_rtx", "tomllib", "tomli"}
 """What runtime may import inside a function: a device may have it."""
 
 

@@ -50,7 +50,7 @@ class Engine(abc.ABC):
         max_batch: int | None = None,
     ) -> None:
         self.name = name
-        """The library: ``onnxruntime``, ``openvino``, ``tensorrt`` or ``tensorrt-rtx``."""
+        """The library: ``onnxruntime``, ``tensorrt`` or ``tensorrt-rtx``."""
         self.version = version
         """The library's version."""
         self.provider = provider

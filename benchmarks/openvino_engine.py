@@ -1,10 +1,10 @@
-"""Run the ONNX model with OpenVINO on the CPU; only for who installs it and asks for it.
+"""OpenVINO behind the seam of the runtime's engines, to be measured beside them.
 
-When it is faster than onnxruntime, and what that costs, is measured by benchmarks/openvino.py and
-weighed in docs/decisions/0009-openvino.md. It does not know how forms are made or chosen.
+Why it is not one of them says docs/decisions/0009-no-openvino.md. It does not know what is measured.
 """
 
 import os
+import sys
 from typing import Any
 
 from runtime.engines.engine import Engine, Outputs, UInt8, input_shape, one_line
@@ -30,7 +30,6 @@ class OpenVinoEngine(Engine):
             # By default it would compute float layers in bfloat16 where the processor can, and
             # answer otherwise there than where the bundle was proven.
             "INFERENCE_PRECISION_HINT": "f32",
-            "ENABLE_CPU_PINNING": False,  # the cores belong to other processes too
         }
         try:
             core = openvino.Core()
@@ -69,11 +68,13 @@ class OpenVinoEngine(Engine):
 
 
 def _load_openvino() -> Any:
+    # Its import reports to an analytics service, and asks nobody. With this it has a stub for that.
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     try:
         import openvino
     except ImportError as error:
         raise EngineError(
-            f"openvino cannot be imported: {error}; pip install 'fieldfit[openvino]'",
+            f"openvino cannot be imported: {error}; pip install openvino",
             "missing library",
         ) from error
     return openvino
