@@ -1,6 +1,6 @@
 """OpenVINO behind the seam of the runtime's engines, to be measured beside them.
 
-Why it is not one of them says docs/decisions/0009-no-openvino.md. It does not know what is measured.
+Why it is not one of them: docs/decisions/0009-no-openvino.md. It does not know what is measured.
 """
 
 import os
