@@ -5,6 +5,7 @@ TensorRT-RTX plan is in ``test_plan_cache_damage.py``.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
@@ -29,6 +30,7 @@ from runtime.engines.plan_cache import (
     difference,
     supersedes,
 )
+from runtime.private_files import Lock
 from tests.plan_files import KEY, NOBODY, changed, keep, make_plan, never
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -309,6 +311,19 @@ def test_one_changed_byte_never_hands_out_anything_changed(
         assert "damaged" in str(after)
 
 
+def test_no_bit_of_a_record_can_turn_unseen(kept: tuple[PlanCache, Path, Path]) -> None:
+    cache, _, record = kept
+    before, good = cache.find(KEY), record.read_bytes()
+    try:
+        for place in range(len(good)):
+            record.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+            after = cache.find(KEY)
+            assert isinstance(after, str), good[place - 9 : place + 1]
+    finally:
+        record.write_bytes(good)
+    assert cache.find(KEY) == before
+
+
 @given(length=st.integers(0, 10_000))
 def test_a_shortened_record_is_refused(kept: tuple[PlanCache, Path, Path], length: int) -> None:
     cache, _, record = kept
@@ -324,7 +339,8 @@ def test_a_shortened_record_is_refused(kept: tuple[PlanCache, Path, Path], lengt
     "content",
     [
         b"{}",
-        b"[" * 100_000,
+        b'{"record":' + b"[" * 100_000,
+        b'{"sha256":"\xff","record":{}}',
         b'{"record":{},"sha256":""}',
         b'{"record":"\xff","sha256":"' + b"0" * 64 + b'"}',
         b"\x80\x04K\x01.",
@@ -413,6 +429,24 @@ def test_what_is_not_ours_stays_in_the_folder_and_nothing_is_in_its_way(cache: P
     assert (place / "README").exists()
 
 
+def test_what_killed_processes_left_goes_with_the_next_plan_but_not_what_is_being_made(
+    cache: PlanCache,
+) -> None:
+    keep(cache)
+    place = (cache.folder or Path()) / "plans"
+    dead, alive = changed(form="dead"), changed(form="alive")
+    for key in (dead, alive):
+        (place / f"{key.digest}-{'0' * 16}.plan").write_bytes(make_plan())
+        (place / f".{key.digest}.json.a1b2c3d4").write_bytes(b"")
+    with cache.lock(alive, never):
+        keep(again(cache), changed(form="fp16"))
+        left = {name.strip(".")[:32] for name in names(cache.folder or Path())}
+        assert left == {KEY.digest, changed(form="fp16").digest, alive.digest}
+        assert len(list(place.glob(f"*{alive.digest}*"))) == 3
+    keep(again(cache))
+    assert len(names(cache.folder or Path())) == 4
+
+
 # --- the folder
 
 
@@ -487,6 +521,7 @@ SCRIPT = """
 import os, random, sys
 from pathlib import Path
 from runtime.engines.plan_cache import Plan, PlanCache
+from runtime.private_files import Lock
 from tests.plan_files import KEY, become_nobody, changed, keep, make_plan
 folder = Path(sys.argv[1])
 cache = PlanCache(folder)
@@ -549,6 +584,34 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
             first.kill()
             assert second.stdout.readline() == "builds: no plan yet\n"
             assert second.communicate("go on\n") == ("kept \n", "")
+
+
+@pytest.mark.parametrize("renewed", [False, True])
+def test_a_lock_whose_file_was_removed_before_it_was_locked_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renewed: bool
+) -> None:
+    path = tmp_path / "a.lock"
+    flock = fcntl.flock
+
+    def late(descriptor: int, operation: int) -> None:
+        path.unlink()
+        if renewed:
+            path.touch()
+        flock(descriptor, operation)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", late)
+        assert Lock.attempt(path) is None
+    with contextlib.closing(Lock.acquire(path, never)):
+        assert Lock.attempt(path) is None
+
+
+def test_removing_a_plan_leaves_the_lock_to_its_holder(cache: PlanCache) -> None:
+    keep(cache)
+    with cache.lock(KEY, never):
+        assert cache.remove(KEY) == ""
+        assert names(cache.folder or Path()) == [f"{KEY.digest}.lock"]
+    assert names(cache.folder or Path()) == []
 
 
 def test_other_keys_are_not_locked(cache: PlanCache) -> None:

@@ -303,7 +303,6 @@ class PlanCache:
                 atomic.write_bytes(place / f"{digest}.timing", sealed)
         except (EngineError, OSError) as error:
             return self._sentence(error)
-        self._in_use.add(digest)
         return ""
 
     def _place(self) -> Path:
