@@ -528,8 +528,9 @@ cache = PlanCache(folder)
 """
 
 
-def start(code: str, folder: Path, *before: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
+@contextlib.contextmanager
+def start(code: str, folder: Path, *before: str) -> Iterator["subprocess.Popen[str]"]:
+    with subprocess.Popen(
         [*before, sys.executable, "-c", SCRIPT + code, str(folder)],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"},
@@ -537,7 +538,11 @@ def start(code: str, folder: Path, *before: str) -> "subprocess.Popen[str]":
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()  # after a failed assertion it may wait for another one's lock
 
 
 def run(code: str, folder: Path, *before: str) -> list[str]:
