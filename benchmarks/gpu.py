@@ -566,7 +566,7 @@ def plan_of(cache: Path, form: str) -> bytes:
     found = [plans.find(record.key) for record in plans.entries() if record.key.form == form]
     if not found or isinstance(found[0], str):
         raise EngineError(
-            f"no plan of {form} was kept: {found[0] if found else 'the cache is empty'}"
+            f"no plan of {form} was kept: {found[0] if found else 'none is in the cache'}"
         )
     return found[0].plan
 
