@@ -562,13 +562,13 @@ def second_start(options: Options) -> Findings:
 
 
 def plan_of(cache: Path, form: str) -> bytes:
+    """The plan of ``form`` that was kept in ``cache``; EngineError if there is none."""
     plans = PlanCache(cache)
-    found = [plans.find(record.key) for record in plans.entries() if record.key.form == form]
-    if not found or isinstance(found[0], str):
-        raise EngineError(
-            f"no plan of {form} was kept: {found[0] if found else 'none is in the cache'}"
-        )
-    return found[0].plan
+    keys = [record.key for record in plans.entries() if record.key.form == form]
+    plan = plans.find(keys[0]) if keys else "none is in the cache"
+    if isinstance(plan, str):
+        raise EngineError(f"no plan of {form} was kept: {plan}")
+    return plan.plan
 
 
 PARTS = (
