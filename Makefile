@@ -1,5 +1,5 @@
 # One word per job. `make` alone explains them. Settings live in the recipe, not here.
-.PHONY: help setup train calibration export run test docs check format lock bench bench-quality clean
+.PHONY: help setup train calibration export run test test-arm64 docs check format lock bench bench-quality clean
 
 PYTHON ?= python3
 RECIPE ?= train/recipes/solar.toml
@@ -50,6 +50,9 @@ run: $(READY)  ## classify a few held-out field images with the bundle
 
 test: $(READY)  ## run all tests, JOBS at a time
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+test-arm64: $(READY)  ## replay a bundle on emulated aarch64 (Debian as root; minutes at first)
+	@$(BIN)/python -m tests.arm64 --install $(ARM64) || test $$? -eq 77
 
 docs: $(READY)  ## write the pages that are made from the code
 	@$(BIN)/python docs/generate.py

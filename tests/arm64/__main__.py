@@ -136,7 +136,7 @@ def _trial(device: machine.Machine, bundle: Path, *, native: bool) -> dict[str, 
     spoiled = device.fieldfit("verify", f"{inside}/spoiled", "--json")
     doctor = device.fieldfit("doctor", f"{inside}/bundle", "--json")
     classify = ("classify", f"{inside}/bundle", f"{inside}/samples", "--json")
-    classified = device.fieldfit(*classify, "--require", "int8-cpu")
+    classified = device.fieldfit(*classify, "--form", "int8-cpu")
     device.must(device.python, f"{inside}/{DEVICE.name}", f"{inside}/bundle", f"{inside}/out")
     facts = json.loads((out / "facts.json").read_text())
     got = _load(out / "logits.npz")
@@ -240,7 +240,11 @@ def _doctor(done: "subprocess.CompletedProcess[str]") -> Check:
     if done.returncode != 0:
         return Check(name, False, f"exit code {done.returncode}: {done.stdout}{done.stderr}")
     report = json.loads(done.stdout)
-    return Check(name, "aarch64" in done.stdout, f"{report['system']}; {report['engine']}")
+    here, engine = report["machine"], report["bundle"]["engine"]
+    told = (
+        f"{here['architecture']}, {here['cpu']}, {', '.join(here['int8_instructions'])}; {engine}"
+    )
+    return Check(name, here["architecture"] == "aarch64" and engine != "none", told)
 
 
 def _classified(done: "subprocess.CompletedProcess[str]", bundle: Path) -> Check:
@@ -248,7 +252,7 @@ def _classified(done: "subprocess.CompletedProcess[str]", bundle: Path) -> Check
     if done.returncode != 0:
         return Check(name, False, f"exit code {done.returncode}: {done.stdout}{done.stderr}")
     command = [sys.executable, "-m", "runtime", "classify", str(bundle)]
-    command += [str(bundle.parent / "samples"), "--json", "--require", "int8-cpu"]
+    command += [str(bundle.parent / "samples"), "--json", "--form", "int8-cpu"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     here = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     expected, got = _lines(here.stdout), _lines(done.stdout)

@@ -35,6 +35,20 @@ ENVIRONMENT = {
     "PIP_DISABLE_PIP_VERSION_CHECK": "1",
     "PIP_ROOT_USER_ACTION": "ignore",
 }
+CPU = "cortex-a76"
+"""What qemu is to be: with half precision and dot products, as the Cortex-A78AE of a Jetson Orin,
+which qemu does not know."""
+CPUINFO = """\
+processor\t: {core}
+BogoMIPS\t: 62.50
+Features\t: fp asimd aes pmull sha1 sha2 crc32 atomics fphp asimdhp asimdrdm lrcpc dcpop asimddp
+CPU implementer\t: 0x41
+CPU architecture: 8
+CPU variant\t: 0x4
+CPU part\t: 0xd0b
+CPU revision\t: 1
+"""
+"""What Linux prints for one core of CPU; qemu 7 shows a program the file of this machine."""
 
 _BINFMT = Path("/proc/sys/fs/binfmt_misc")
 _BINFMT_RULE = Path("/usr/lib/binfmt.d/qemu-aarch64.conf")
@@ -85,10 +99,18 @@ class Machine(abc.ABC):
     def command(self, arguments: Sequence[str]) -> list[str]:
         """What this machine runs so that the other one runs ``arguments``."""
 
+    def environment(self) -> Mapping[str, str]:
+        """Environment variables there: a clean few."""
+        return ENVIRONMENT
+
     def run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         """Run ``arguments`` there; the exit code is the caller's to judge."""
         return subprocess.run(
-            self.command(arguments), capture_output=True, text=True, env=ENVIRONMENT, check=False
+            self.command(arguments),
+            capture_output=True,
+            text=True,
+            env=self.environment(),
+            check=False,
         )
 
     def must(self, *arguments: str) -> str:
@@ -143,17 +165,23 @@ class Emulated(Machine):
         super().__init__(root, root / "srv" / "exchange", "/srv/exchange")
 
     def command(self, arguments: Sequence[str]) -> list[str]:
-        """In a chroot with /proc and /sys, as process 1 of its own namespace.
+        """In a chroot with /proc and /sys of the emulated processor.
 
-        Without /sys onnxruntime cannot count the processors, and then takes its plainest kernels
-        instead of those for dot products and half precision.
+        Without them onnxruntime takes its plainest kernels, instead of those for dot products and
+        half precision; with this machine's /proc/cpuinfo its detection crashes.
         """
         script = (
             'mount -t proc proc "$0/proc" && mount -t sysfs -o ro sysfs "$0/sys" && '
-            'exec chroot "$0" "$@"'
+            'mount --bind "$0/srv/cpuinfo" "$0/proc/cpuinfo" && exec chroot "$0" "$@"'
         )
-        own = ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child"]
-        return [*own, "sh", "-c", script, str(self.home), *arguments]
+        cpuinfo = self.home / "srv" / "cpuinfo"
+        cpuinfo.write_text("\n".join(CPUINFO.format(core=core) for core in range(_cores())))
+        # No PID namespace: a program that crashes as process 1 would hang instead.
+        return ["unshare", "--mount", "--net", "sh", "-c", script, str(self.home), *arguments]
+
+    def environment(self) -> Mapping[str, str]:
+        """The clean one, and the processor that qemu is to be."""
+        return {**ENVIRONMENT, "QEMU_CPU": CPU}
 
 
 def look_at_host() -> Host:
@@ -165,7 +193,7 @@ def look_at_host() -> Host:
         root=os.geteuid() == 0,
         missing=tuple(name for name in HOST_PACKAGES if shutil.which(packages[name]) is None),
         namespaces=shutil.which("unshare") is not None
-        and _quiet("unshare", "--mount", "--net", "--pid", "--fork", "true"),
+        and _quiet("unshare", "--mount", "--net", "true"),
         binfmt=any(
             registered(rule.read_text())
             for rule in _BINFMT.glob("qemu-aarch64*")
@@ -364,6 +392,11 @@ def emulator() -> str:
     """Name and version of the emulator."""
     line = _run(["qemu-aarch64-static", "--version"]).splitlines()[0]
     return line.partition(" (")[0]
+
+
+def _cores() -> int:
+    """Processors that /sys tells of, whatever this process may use."""
+    return os.cpu_count() or 1
 
 
 def _quiet(*command: str) -> bool:
