@@ -12,7 +12,7 @@ LOCK := requirements/workstation.txt
 help:  ## explain the targets
 	@echo "fieldfit: adapt a classifier to field images, prove it, run it on devices"
 	@echo
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16 | sed 's/^/  make /'
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16 | sed 's/^/  make /'
 	@echo
 	@echo "  RECIPE=FILE   the recipe for train, calibration, export and run (now $(RECIPE))"
 	@echo "  Start with:   make train export"

@@ -88,6 +88,7 @@ def test_the_mirror_is_apt_s_own_archive_and_never_that_of_updates() -> None:
     )
     assert machine.apt_mirror(targets) == "http://m/d/"
     assert machine.apt_mirror("Ubuntu|http://u/|noble\n") == ""
+    assert machine.apt_mirror("Debian|mirror+file:/list|bookworm\n") == ""
 
 
 def test_the_proxy_is_apt_s_own() -> None:

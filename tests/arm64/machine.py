@@ -6,6 +6,7 @@ and certificates); the emulated root has no network and no setting of either.
 """
 
 import abc
+import contextlib
 import hashlib
 import os
 import platform
@@ -186,6 +187,7 @@ class Emulated(Machine):
 
 def look_at_host() -> Host:
     """The facts of this machine."""
+    rule = _BINFMT / "qemu-aarch64"
     packages = {"debootstrap": "debootstrap", "qemu-user-static": "qemu-aarch64-static"}
     return Host(
         system=platform.system(),
@@ -194,11 +196,7 @@ def look_at_host() -> Host:
         missing=tuple(name for name in HOST_PACKAGES if shutil.which(packages[name]) is None),
         namespaces=shutil.which("unshare") is not None
         and _quiet("unshare", "--mount", "--net", "true"),
-        binfmt=any(
-            registered(rule.read_text())
-            for rule in _BINFMT.glob("qemu-aarch64*")
-            if rule.name != "qemu-aarch64_be"
-        ),
+        binfmt=rule.exists() and registered(rule.read_text()),
     )
 
 
@@ -259,7 +257,8 @@ def install_host_packages(host: Host, say: Say) -> None:
             _quiet("mount", "-t", "binfmt_misc", "none", str(_BINFMT))
         if (_BINFMT / "register").exists():
             (rule,) = (t for t in _BINFMT_RULE.read_text().splitlines() if t.startswith(":"))
-            (_BINFMT / "register").write_text(rule)
+            with contextlib.suppress(OSError):  # not allowed: what follows says so
+                (_BINFMT / "register").write_text(rule)
 
 
 def key(system: Sequence[str], lock: bytes) -> str:
@@ -326,11 +325,12 @@ def apt_mirror(targets: str) -> str:
     """The Debian mirror that apt uses; empty for debootstrap's own default.
 
     ``targets`` has lines ``ORIGIN|URI|CODENAME`` of `apt-get indextargets`. Any Debian archive
-    serves SUITE, whatever suite this machine runs; that of updates or security has not all.
+    serves SUITE, whatever suite this machine runs; that of updates or security has not all. Of the
+    kinds of address that apt knows, debootstrap knows http and https.
     """
     for line in targets.splitlines():
         origin, uri, codename = line.split("|")
-        if origin == "Debian" and codename.isalpha():
+        if origin == "Debian" and codename.isalpha() and uri.startswith("http"):
             return uri
     return ""
 
