@@ -8,46 +8,28 @@ should see why. How plans are built, run and kept is in ``runtime.engines``.
 import hashlib
 import logging
 import time
-from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from runtime import machine
 from runtime.benchmark import interleave
 from runtime.engines import cudart
-from runtime.engines.engine import Engine
+from runtime.engines.engine import BATCHES, Engine
 from runtime.engines.plan_cache import Plan, PlanCache, PlanKey, Value
 from runtime.engines.tensorrt_build import Built, build, check_version
 from runtime.engines.tensorrt_engine import Memory, TensorRTEngine
 from runtime.engines.tensorrt_inspector import convolution_precisions, parse_inspection
 from runtime.engines.tensorrt_library import TensorRT, load_library
 from runtime.errors import EngineError
-from runtime.selftest import SelfTest
+from runtime.selftest import Opened, Prove
 
 _log = logging.getLogger(__name__)
-
-BATCH = (1, 1, 16)
-"""Smallest, usual and largest batch of the optimization profile; 16 is the classifier's."""
 
 LEVEL = 3
 """TensorRT's own default of its builder optimization level."""
 
 _LOG_SECONDS = 30.0
 """How often a build says that it goes on, where there is no terminal for a progress bar."""
-
-Prove = Callable[[Engine], SelfTest]
-"""Replays the golden samples; raises EngineError if the engine does not answer as proven."""
-
-
-class Opened(NamedTuple):
-    """An engine that answered the golden samples as proven."""
-
-    engine: Engine
-    selftest: SelfTest
-    how: str = ""
-    """Where it comes from, if there is something to say."""
 
 
 def open_tensorrt(
@@ -67,7 +49,7 @@ def open_tensorrt(
     Raises EngineError: missing library, wrong version, no device; not built, with what the builder
     said; failed self-test, from ``prove``.
     """
-    library, gpu = _ready(device)
+    library, gpu = ready(device)
     key = _key(library, gpu, model, form)
     why = "asked for"
     if not rebuild:
@@ -116,7 +98,7 @@ def _build(
     with _Progress(f"{library.flavour} {key.form}") as progress:
         built = build(
             model,
-            batch=BATCH,
+            batch=BATCHES,
             shape=shape,
             library=library,
             level=LEVEL,
@@ -187,16 +169,17 @@ def _open_fastest(
     return pinned, {"memory": "pinned", **notes}
 
 
-def _ready(device: int) -> tuple[TensorRT, cudart.Device]:
-    """TensorRT and the GPU. CUDA answers first: some TensorRT builds crash without one."""
+def ready(device: int) -> tuple[TensorRT, cudart.Device]:
+    """TensorRT and the GPU. CUDA answers first: some TensorRT builds crash without one.
+
+    Raises EngineError: no device, missing library, wrong version.
+    """
+    gpu = cudart.require(device)
     library = load_library()
     if isinstance(library, str):
-        raise EngineError(f"TensorRT is not to be had: {library}", "missing library")
+        raise EngineError(f"TensorRT does not load: {library}", "missing library")
     if reason := check_version(library):
         raise EngineError(reason, "wrong version")
-    gpu = cudart.probe(device)
-    if isinstance(gpu, str):
-        raise EngineError(f"{library.flavour} {library.version} has no GPU: {gpu}", "no device")
     return library, gpu
 
 
@@ -209,7 +192,7 @@ def _key(library: TensorRT, gpu: cudart.Device, model: bytes, form: str) -> Plan
         cuda=f"{gpu.runtime_version}, driver {gpu.driver_version}",
         model_sha256=hashlib.sha256(model).hexdigest(),
         form=form,
-        options={"batch": list(BATCH), "level": LEVEL},
+        options={"batch": list(BATCHES), "level": LEVEL},
     )
 
 
@@ -221,6 +204,8 @@ class _Progress:
     """A bar with phase and elapsed time on a terminal; elsewhere a line now and then."""
 
     def __init__(self, title: str) -> None:
+        from tqdm import tqdm  # a start that builds nothing need not wait for it
+
         self._bar = tqdm(
             total=100, desc=title, unit="%", leave=False, disable=None,
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} {postfix}",

@@ -5,10 +5,14 @@ before all digests match: no pickle, no links, no paths, sizes capped before mem
 Who wrote the bundle is a question for signatures, not for this module.
 """
 
+import contextlib
 import hashlib
 import io
+import os
 import stat
+import threading
 import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,40 +25,65 @@ from runtime.manifest import MAX_FILES, MAX_MANIFEST_BYTES, FileEntry, Manifest,
 MANIFEST = "manifest.json"
 MAX_ZIP_BYTES = 4 * 1024 * 1024 * 1024
 
+_CHUNK = 1 << 18
+_CHECKING_THREADS = 4
+
+
+Read = Callable[[str], bytes]
+"""The verified bytes of a file of the bundle, by name."""
+
 
 class Bundle:
     """A verified bundle: ``manifest``, and the bytes of its files.
 
-    Make one with ``Bundle.open``. The bytes handed out are the bytes that were verified: they are
-    kept in memory, so a file that changes on disk afterwards changes nothing.
+    Make one with ``Bundle.open``. The bytes handed out are bytes that were verified: a file that
+    changes on disk later is an error when it is read, not an answer.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, contents: dict[str, bytes]) -> None:
+    def __init__(self, path: Path, manifest: Manifest, read: Read, check: "_Check") -> None:
         self.path = path
         self.manifest = manifest
-        self._contents = contents
+        self._read = read
+        self._check = check
 
     @classmethod
-    def open(cls, path: str | Path) -> "Bundle":
+    def open(cls, path: str | Path, *, wait: bool = True) -> "Bundle":
         """Read and verify the bundle at ``path``, a folder or a ``.zip``.
+
+        Large models take a while to hash. ``wait=False`` lets that go on beside what the caller
+        does next, who must call ``wait`` before believing any of it; what is ``read`` is verified
+        in either case.
 
         Raises BundleError for anything missing, added, changed, linked, oversized or too new.
         """
         path = Path(path)
         if path.is_dir():
-            return cls(path, *_read_folder(path))
-        if path.is_file():
-            return cls(path, *_read_zip(path))
-        raise BundleError(f"{path}: no such bundle; `make train export` writes build/NAME/bundle")
+            bundle = cls(path, *_open_folder(path))
+        elif path.is_file():
+            bundle = cls(path, *_open_zip(path))
+        else:
+            raise BundleError(
+                f"{path}: no such bundle; `make train export` writes build/NAME/bundle"
+            )
+        if wait:
+            bundle.wait()
+        return bundle
+
+    def wait(self) -> None:
+        """Return once every byte is known to be as the manifest says.
+
+        Raises BundleError if one is not.
+        """
+        self._check.wait()
 
     def read(self, name: str) -> bytes:
         """The verified bytes of file ``name``.
 
-        Raises BundleError if the bundle has no such file.
+        Raises BundleError if the bundle has no such file, or if it was changed.
         """
-        if name not in self._contents:
+        if all(entry.name != name for entry in self.manifest.files):
             raise BundleError(f"{self.path}: has no file {name!r}")
-        return self._contents[name]
+        return self._read(name)
 
     def model(self, form: str) -> bytes:
         """The verified ONNX bytes of one form: ``fp32``, ``fp16``, ``int8`` or ``int8-cpu``.
@@ -86,28 +115,70 @@ class Bundle:
         return golden
 
 
-def _read_folder(folder: Path) -> tuple[Manifest, dict[str, bytes]]:
+class _Check:
+    """Hashes files in threads of its own, without keeping them: hashing lets others run."""
+
+    def __init__(self, folder: Path, entries: Sequence[FileEntry]) -> None:
+        self._folder = folder
+        self._left = sorted(entries, key=lambda entry: entry.size)  # popped from the end
+        self._errors: list[BundleError] = []
+        count = min(len(entries), len(os.sched_getaffinity(0)), _CHECKING_THREADS)
+        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    def wait(self) -> None:
+        for thread in self._threads:
+            thread.join()
+        if self._errors:
+            raise min(self._errors, key=str)  # the same one, whichever thread was first
+
+    def _run(self) -> None:
+        buffer = memoryview(bytearray(_CHUNK))
+        while True:
+            try:
+                entry = self._left.pop()
+            except IndexError:
+                return
+            try:
+                _check_file(self._folder / entry.name, entry, buffer)
+            except BundleError as error:
+                self._errors.append(error)
+
+
+def _check_file(path: Path, entry: FileEntry, buffer: memoryview) -> None:
+    digest, size = hashlib.sha256(), 0
+    with _reading(path), path.open("rb", buffering=0) as file:
+        # One byte more than it should have is enough to know.
+        while size <= entry.size and (count := file.readinto(buffer)):
+            digest.update(buffer[:count])
+            size += count
+    _compare(entry, size, digest.hexdigest(), str(path.parent))
+
+
+def _open_folder(folder: Path) -> tuple[Manifest, Read, _Check]:
     found: dict[str, Path] = {}
-    for entry in folder.iterdir():
-        mode = entry.lstat().st_mode
+    for file in folder.iterdir():
+        mode = file.lstat().st_mode
         if not stat.S_ISREG(mode):
             kind = "a link" if stat.S_ISLNK(mode) else "a folder or device"
-            raise BundleError(f"{entry}: expected only plain files in a bundle, got {kind}")
-        found[entry.name] = entry
+            raise BundleError(f"{file}: expected only plain files in a bundle, got {kind}")
+        found[file.name] = file
         if len(found) > MAX_FILES + 1:
             raise BundleError(f"{folder}: more than {MAX_FILES} files; this is no bundle")
     if MANIFEST not in found:
         raise BundleError(f"{folder}: has no {MANIFEST}; this is no bundle, or it was cut short")
     manifest = decode(_read_file(found.pop(MANIFEST), MAX_MANIFEST_BYTES))
     _check_names(manifest, set(found), str(folder))
-    contents = {
-        entry.name: _verified(entry, _read_file(found[entry.name], entry.size), str(folder))
-        for entry in manifest.files
-    }
-    return manifest, contents
+    entries = {entry.name: entry for entry in manifest.files}
+
+    def read(name: str) -> bytes:
+        return _verified(entries[name], _read_file(folder / name, entries[name].size), str(folder))
+
+    return manifest, read, _Check(folder, manifest.files)
 
 
-def _read_zip(path: Path) -> tuple[Manifest, dict[str, bytes]]:
+def _open_zip(path: Path) -> tuple[Manifest, Read, _Check]:
     data = _read_file(path, MAX_ZIP_BYTES)
     if len(data) > MAX_ZIP_BYTES:
         raise BundleError(f"{path}: larger than the limit of {MAX_ZIP_BYTES:,} bytes")
@@ -125,7 +196,7 @@ def _read_zip(path: Path) -> tuple[Manifest, dict[str, bytes]]:
     _check_names(manifest, set(contents), str(path))
     for entry in manifest.files:
         _verified(entry, contents[entry.name], str(path))
-    return manifest, contents
+    return manifest, contents.__getitem__, _Check(path, ())
 
 
 def encode_zip(contents: dict[str, bytes]) -> bytes:
@@ -161,25 +232,33 @@ def _check_names(manifest: Manifest, found: set[str], place: str) -> None:
         )
 
 
-def _read_file(path: Path, limit: int) -> bytes:
-    """At most ``limit + 1`` bytes, so that a file that lies about its size costs no memory."""
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
     try:
-        with path.open("rb") as file:
-            return file.read(limit + 1)
+        yield
     except OSError as error:
         raise BundleError(f"{path}: cannot be read: {error.strerror}") from error
 
 
+def _read_file(path: Path, limit: int) -> bytes:
+    """At most ``limit + 1`` bytes, so that a file that lies about its size costs no memory."""
+    with _reading(path), path.open("rb") as file:
+        return file.read(limit + 1)
+
+
 def _verified(entry: FileEntry, data: bytes, place: str) -> bytes:
-    if len(data) != entry.size:
+    _compare(entry, len(data), hashlib.sha256(data).hexdigest(), place)
+    return data
+
+
+def _compare(entry: FileEntry, size: int, digest: str, place: str) -> None:
+    if size != entry.size:
         raise BundleError(
             f"{place}: {entry.name}: expected {entry.size:,} bytes, got "
-            f"{'more' if len(data) > entry.size else f'{len(data):,}'}; copy the bundle again"
+            f"{'more' if size > entry.size else f'{size:,}'}; copy the bundle again"
         )
-    digest = hashlib.sha256(data).hexdigest()
     if digest != entry.sha256:
         raise BundleError(
             f"{place}: {entry.name}: changed since export "
             f"(expected sha256 {entry.sha256[:12]}…, got {digest[:12]}…); copy the bundle again"
         )
-    return data

@@ -5,27 +5,24 @@ accepted or rejected with a sentence. Nothing steps down in silence, and what is
 replaced by something less. It does not know the engines' libraries.
 """
 
-import importlib
 import logging
 from typing import Any, NamedTuple
 
 import numpy.typing as npt
 
 from runtime import machine
-from runtime.build import BATCH, Opened, open_tensorrt
 from runtime.bundle import Bundle
 from runtime.candidates import EngineName, Kind, Request, Round, plan_rounds
 from runtime.engines import cudart
-from runtime.engines.engine import Engine
-from runtime.engines.onnxruntime_cuda_engine import OnnxRuntimeCudaEngine
+from runtime.engines.engine import BATCHES, Engine
 from runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
-from runtime.engines.onnxruntime_tensorrt_engine import OnnxRuntimeTensorRTEngine
+from runtime.engines.onnxruntime_session import load_onnxruntime, require_gpu
 from runtime.engines.plan_cache import PlanCache
-from runtime.engines.tensorrt_library import load_library
+from runtime.engines.tensorrt_library import installed
 from runtime.errors import EngineError, EngineFault
 from runtime.manifest import Form
 from runtime.race import Key, Ranking, race, rank, recall, remember
-from runtime.selftest import SelfTest, replay
+from runtime.selftest import Opened, SelfTest, replay
 
 _log = logging.getLogger(__name__)
 
@@ -133,7 +130,11 @@ class _Negotiation:
         kind = around.kind
         if kind.name in self._gone:
             return None
-        key = self._key(kind)
+        try:
+            key = self._key(kind)
+        except EngineError as error:
+            self._reject(kind, "", error)
+            return None
         known = None if self.rebuild else recall(self.cache.folder, key)
         failed = known.failed if known else {}
         left = tuple(form for form in around.forms if form not in failed)
@@ -207,21 +208,28 @@ class _Negotiation:
         self.add(Step(kind.title, form, False, str(error), error.fault))
 
     def _open(self, kind: Kind, form: str) -> Opened:
+        # Engines are imported when it is their turn: a device has a use for one or two.
         model, shape = self.bundle.model(form), self.bundle.manifest.input.shape
         request, cache = self.request, self.cache
-        if kind.name == "tensorrt":
-            return open_tensorrt(
-                model, form, shape, self._prove,
-                cache=cache, device=request.device, rebuild=self.rebuild,
-            )  # fmt: skip
         engine: Engine
         match kind.name:
+            case "tensorrt":
+                from runtime.build import open_tensorrt
+
+                return open_tensorrt(
+                    model, form, shape, self._prove,
+                    cache=cache, device=request.device, rebuild=self.rebuild,
+                )  # fmt: skip
             case "onnxruntime-tensorrt":
-                folder = cache.folder and cache.folder / "onnxruntime"
+                from runtime.engines.onnxruntime_tensorrt_engine import OnnxRuntimeTensorRTEngine
+
                 engine = OnnxRuntimeTensorRTEngine(
-                    model, form=form, shape=shape, batch=BATCH, device=request.device, cache=folder
-                )
+                    model, form=form, shape=shape, batch=BATCHES, device=request.device,
+                    cache=cache.folder and cache.folder / "onnxruntime",
+                )  # fmt: skip
             case "onnxruntime-cuda":
+                from runtime.engines.onnxruntime_cuda_engine import OnnxRuntimeCudaEngine
+
                 engine = OnnxRuntimeCudaEngine(model, form=form, device=request.device)
             case "onnxruntime-cpu":
                 engine = OnnxRuntimeEngine(model, form=form, threads=request.threads)
@@ -235,12 +243,18 @@ class _Negotiation:
         return _prove(engine, self.golden)
 
     def _key(self, kind: Kind) -> Key:
+        """Of the race; EngineError if what the engine needs is not to be had on this machine."""
         request = self.request
+        version, gpu = _requirements(kind.name, request.device)
+        where = f"{machine.platform_tag()}, {machine.cpu_model()}"
+        if gpu is not None:
+            capability = ".".join(map(str, gpu.compute_capability))
+            where += f", compute capability {capability}, CUDA driver {gpu.driver_version}"
         return Key(
             bundle=self.bundle.manifest.digest,
             engine=kind.name,
-            version=_version(kind.name),
-            machine=_machine(kind.name, request.device),
+            version=version,
+            machine=where,
             threads=request.threads or 0,
         )
 
@@ -255,25 +269,21 @@ class _Negotiation:
         return {a.form: a.quality.sqnr_db for a in self.bundle.manifest.artifacts}
 
 
-def _version(engine: EngineName) -> str:
-    """Of the library; empty where it is missing, which opening the engine will say."""
-    if engine == "tensorrt":
-        library = load_library()
-        return "" if isinstance(library, str) else f"{library.flavour} {library.version}"
-    try:
-        module = importlib.import_module(engine.partition("-")[0])
-    except ImportError:
-        return ""
-    return str(module.__version__)
+def _requirements(engine: EngineName, device: int) -> tuple[str, cudart.Device | None]:
+    """The version of the engine's library, and the GPU it runs on; EngineError without them."""
+    match engine:
+        case "tensorrt":
+            if not installed():
+                raise EngineError(
+                    "neither tensorrt nor tensorrt_rtx is installed", "missing library"
+                )
+            from runtime.build import ready
 
-
-def _machine(engine: EngineName, device: int) -> str:
-    """What the speed depends on besides the library."""
-    where = f"{machine.platform_tag()}, {machine.cpu_model()}"
-    if engine == "onnxruntime-cpu":
-        return where
-    gpu = cudart.probe(device)
-    if isinstance(gpu, str):
-        return where
-    capability = ".".join(map(str, gpu.compute_capability))
-    return f"{where}, compute capability {capability}, CUDA driver {gpu.driver_version}"
+            library, gpu = ready(device)
+            return f"{library.flavour} {library.version}", gpu
+        case "onnxruntime-tensorrt":
+            return load_onnxruntime().__version__, require_gpu("tensorrt", device)
+        case "onnxruntime-cuda":
+            return load_onnxruntime().__version__, require_gpu("cuda", device)
+        case "onnxruntime-cpu":
+            return load_onnxruntime().__version__, None

@@ -77,11 +77,17 @@ class Classifier:
         Raises BundleError if a byte is not as the manifest says, EngineError if nothing can run
         it here.
         """
-        bundle = Bundle.open(path)
+        bundle = Bundle.open(path, wait=False)
         check_runtime(bundle)
         request = Request(engine, form, require, threads, device)
         plans = PlanCache(Path(cache)) if cache else PlanCache.default()
-        return cls(bundle, choose_engine(bundle, request, cache=plans))
+        choice = choose_engine(bundle, request, cache=plans)
+        try:
+            bundle.wait()  # for the files that this engine did not read
+        except BundleError:
+            choice.engine.close()
+            raise
+        return cls(bundle, choice)
 
     @property
     def reasons(self) -> list[str]:

@@ -4,7 +4,6 @@ Labels are integer class indices, ``-1`` where the label is unknown; unknown one
 """
 
 import math
-from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
@@ -151,7 +150,7 @@ def _resampled_pairs(
     before: npt.NDArray[np.bool_],
     after: npt.NDArray[np.bool_],
     rounds: int,
-    random: np.random.Generator,
+    random: "np.random.Generator",  # whose module a device need not load
 ) -> npt.NDArray[np.int64]:
     """Counts ``[rounds, 4]`` of right both times, only before, only after, never.
 
@@ -185,6 +184,8 @@ def mcnemar_p(lost: int, won: int) -> float:
 
 def wilson_interval(hits: int, total: int, *, confidence: float = 0.95) -> tuple[float, float]:
     """Two-sided score interval of a share, honest at 0 and 1 too. (Wilson 1927.)"""
+    from statistics import NormalDist  # a device that only answers need not wait for it
+
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     share, spread = hits / total, z * z / total
     centre = (share + spread / 2) / (1 + spread)

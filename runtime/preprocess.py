@@ -54,6 +54,10 @@ FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"
 programs (EPS) or are seldom tested, and files may come from outside."""
 
 
+_COMMON = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM")
+"""Those of FORMATS that ``Image.preinit`` brings."""
+
+
 class Resize(str, enum.Enum):
     """How a picture is brought to the model's size (timm's crop modes)."""
 
@@ -172,7 +176,7 @@ def decode(image: ImageLike, *, window: tuple[int, int] = (0, 65535)) -> Image.I
 
 def _open(source: Path | io.BytesIO, window: tuple[int, int], name: str) -> Image.Image:
     try:
-        picture = Image.open(source, formats=FORMATS)
+        picture = _identify(source)
     except UnidentifiedImageError as error:
         raise DataError(f"{name}: not an image; expected one of {', '.join(FORMATS)}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -181,6 +185,15 @@ def _open(source: Path | io.BytesIO, window: tuple[int, int], name: str) -> Imag
         raise DataError(f"{name}: cannot be decoded: {error}") from error
     with picture:
         return _read(picture, window, name)
+
+
+def _identify(source: Path | io.BytesIO) -> Image.Image:
+    """Try the formats whose readers are quick to import first: most files are one of them."""
+    Image.preinit()
+    try:
+        return Image.open(source, formats=_COMMON)
+    except UnidentifiedImageError:
+        return Image.open(source, formats=FORMATS)
 
 
 def _read(picture: Image.Image, window: tuple[int, int], name: str) -> Image.Image:

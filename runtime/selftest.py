@@ -4,6 +4,7 @@ The expected logits were recorded for the same form where the bundle was made. A
 may round differently, so equality is asked of the answers and closeness of the logits.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +28,19 @@ class SelfTest(NamedTuple):
     samples: int
     agreement: float
     sqnr_db: float
+
+
+class Opened(NamedTuple):
+    """An engine that answered the golden samples as proven."""
+
+    engine: Engine
+    selftest: SelfTest
+    how: str = ""
+    """Where it comes from, if there is something to say."""
+
+
+Prove = Callable[[Engine], SelfTest]
+"""Replays the golden samples; raises EngineError if the engine does not answer as proven."""
 
 
 def replay(engine: Engine, golden: dict[str, npt.NDArray[Any]]) -> SelfTest:

@@ -20,6 +20,9 @@ Float32 = npt.NDArray[np.float32]
 Provider = Literal["cpu", "cuda", "tensorrt"]
 PROVIDER_TITLES: dict[Provider, str] = {"cpu": "CPU", "cuda": "CUDA", "tensorrt": "TensorRT"}
 
+BATCHES = (1, 1, 16)
+"""Smallest, usual and largest batch that engines are built for; 16 is the classifier's."""
+
 _UINT8 = np.dtype(np.uint8)
 _Self = TypeVar("_Self", bound="Engine")  # typing.Self needs Python 3.11
 

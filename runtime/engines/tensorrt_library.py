@@ -9,6 +9,8 @@ logger per process: so there is one here, and ``listening`` lends an ear to it.
 
 import contextlib
 import importlib
+import importlib.util
+import sys
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -52,6 +54,13 @@ class Heard:
         words = "; ".join(dict.fromkeys(self.errors[:3])) or "TensorRT gave no reason"
         self.errors.clear()
         return words
+
+
+def installed() -> bool:
+    """Whether there is any TensorRT to load; nothing of it is loaded yet."""
+    return any(
+        sys.modules.get(module) or importlib.util.find_spec(module) for module in _MODULES.values()
+    )
 
 
 def load_library(flavour: Flavour | None = None) -> TensorRT | str:
