@@ -103,7 +103,7 @@ def reason(row: Row) -> str:
         return f"equal, bit for bit, on {row.samples} golden images"
     return (
         f"SQNR {row.sqnr_db:.1f} dB, at least {row.tolerance.min_sqnr_db:.0f}; largest difference "
-        f"{row.max_difference:.1e} of the largest logit, at most {row.tolerance.max_difference:.0e}"
+        f"{row.max_difference:.1e} of the largest logit, at most {row.tolerance.max_difference:.1e}"
     )
 
 
@@ -115,7 +115,7 @@ def table(rows: list[Row]) -> list[str]:
         *(
             f"| {row.form} | {'equal' if row.max_difference == 0 else f'{row.sqnr_db:.1f}'} | "
             f"{row.tolerance.min_sqnr_db:.0f} | {row.max_difference:.1e} | "
-            f"{row.tolerance.max_difference:.0e} | {row.agreement:.1%} | "
+            f"{row.tolerance.max_difference:.1e} | {row.agreement:.1%} | "
             f"{row.clear - row.clear_turned} of {row.clear} |"
             for row in rows
         ),
