@@ -18,7 +18,9 @@ TORCH = {"torch", "torchvision", "timm", "safetensors"}
 MAY_USE_TORCH = {"train", "export"}
 BASE = {"numpy", "PIL", "msgspec", "tqdm", "onnxruntime"}
 """What a device installs; pyproject's dependencies by their import names."""
-LAZY = {"tensorrt", "tensorrt_rtx", "tomllib", "tomli"}
+FLEET = {"tuf", "securesystemslib", "cryptography", "urllib3"}
+"""What the extra ``fleet`` brings."""
+LAZY = {"tensorrt", "tensorrt_rtx", "tomllib", "tomli"} | FLEET
 """What runtime may import inside a function: a device may have it."""
 
 
@@ -69,9 +71,9 @@ assert not any(sys.modules.get(n) for n in {blocked} + ["train", "export", "cali
     assert done.stdout.strip() in ("defective", "functional")
 
 
-def test_importing_the_face_loads_no_engine_library() -> None:
-    code = "import sys, runtime; print([n for n in ('tensorrt', 'tensorrt_rtx', 'torch', 'onnx') \
-if n in sys.modules])"
+def test_importing_the_face_loads_no_engine_library_and_no_extra() -> None:
+    names = sorted({"tensorrt", "tensorrt_rtx", "torch", "onnx"} | FLEET)
+    code = f"import sys, runtime; print([n for n in {names} if n in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )
