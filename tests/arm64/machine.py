@@ -168,8 +168,8 @@ class Emulated(Machine):
     def command(self, arguments: Sequence[str]) -> list[str]:
         """In a chroot with /proc and /sys of the emulated processor.
 
-        Without them onnxruntime takes its plainest kernels, instead of those for dot products and
-        half precision; with this machine's /proc/cpuinfo its detection crashes.
+        Without them onnxruntime warns that it cannot detect the processor's instructions; with /sys
+        and this machine's /proc/cpuinfo its detection crashes.
         """
         script = (
             'mount -t proc proc "$0/proc" && mount -t sysfs -o ro sysfs "$0/sys" && '
