@@ -71,7 +71,7 @@ class Round(NamedTuple):
     """Forms to race on one engine."""
 
     kind: Kind
-    forms: tuple[Form, ...]
+    forms: tuple[str, ...]
 
 
 class Excluded(NamedTuple):

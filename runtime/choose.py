@@ -6,6 +6,7 @@ replaced by something less. It does not know the engines' libraries.
 """
 
 import logging
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy.typing as npt
@@ -20,7 +21,6 @@ from runtime.engines.onnxruntime_session import load_onnxruntime, require_gpu
 from runtime.engines.plan_cache import PlanCache
 from runtime.engines.tensorrt_library import installed
 from runtime.errors import EngineError, EngineFault
-from runtime.manifest import Form
 from runtime.race import Key, Ranking, race, rank, recall, remember
 from runtime.selftest import Opened, SelfTest, replay
 
@@ -136,51 +136,52 @@ class _Negotiation:
             self._reject(kind, "", error)
             return None
         known = None if self.rebuild else recall(self.cache.folder, key)
-        failed = known.failed if known else {}
-        left = tuple(form for form in around.forms if form not in failed)
+        failed = dict(known.failed) if known else {}
+        times = dict(known.milliseconds) if known else {}
         for form in around.forms:
             if form in failed and known:
                 reason = f"{failed[form]} (on {known.date}; fieldfit build --rebuild tries again)"
                 self.add(Step(kind.title, form, False, reason, "failed self-test"))
-        if known and left and all(form in known.milliseconds for form in left):
-            ranking = rank({form: known.milliseconds[form] for form in left}, self._sqnr_db())
-            return self._by_memory(kind, ranking, f"measured {known.date}")
-        return self._by_race(kind, left, key, failed)
+        left = tuple(form for form in around.forms if form not in failed)
+        remembered = bool(left) and all(form in times for form in left)
+        ranking = self._rank(times, left) if remembered else None
+        opened = self._open_in_turn(kind, ranking.order if ranking else left, failed, remembered)
+        if kind.name in self._gone:
+            return None
+        if len(opened) > 1:
+            times |= race([each.engine for each in opened.values()], self.golden["images"])
+        if (times, failed) != ((known.milliseconds, known.failed) if known else ({}, {})):
+            self._remember(key, times, failed)
+        if not opened:
+            return None
+        when = f", measured {known.date}" if ranking and known else ""
+        ranking = ranking or self._rank(times, tuple(opened))
+        winner = next(form for form in ranking.order if form in opened)
+        for form in ranking.order[ranking.order.index(winner) + 1 :]:
+            if form in opened:
+                opened[form].engine.close()
+            self.add(Step(kind.title, form, False, ranking.reasons[form] + when, "too slow"))
+        return opened[winner]
 
-    def _by_memory(self, kind: Kind, ranking: Ranking, when: str) -> Opened | None:
-        winner: Opened | None = None
-        for form in ranking.order:
-            if winner is None:
-                winner = self._try(kind, form)
-            else:
-                reason = f"{ranking.reasons[form]}, {when}"
-                self.add(Step(kind.title, form, False, reason, "too slow"))
-        return winner
-
-    def _by_race(
-        self, kind: Kind, forms: tuple[Form, ...], key: Key, failed: dict[str, str]
-    ) -> Opened | None:
-        runners: dict[str, Opened] = {}
-        found = dict(failed)
+    def _open_in_turn(
+        self, kind: Kind, forms: tuple[str, ...], failed: dict[str, str], only_first: bool
+    ) -> dict[str, Opened]:
+        """Those that open, by form; into ``failed`` goes what need not be tried again."""
+        opened: dict[str, Opened] = {}
         for form in forms:
-            opened = self._try(kind, form)
-            if opened is not None:
-                runners[form] = opened
-            elif kind.name in self._gone:
-                return None
+            result = self._try(kind, form)
+            if result is not None:
+                opened[form] = result
             elif self.steps[-1].fault in _REMEMBERED:
-                found[form] = self.steps[-1].reason
-        engines = [opened.engine for opened in runners.values()]
-        milliseconds = race(engines, self.golden["images"]) if len(engines) > 1 else {}
-        if milliseconds or found != failed:
-            self._remember(key, milliseconds, found)
-        if len(engines) <= 1:
-            return next(iter(runners.values()), None)
-        ranking = rank(milliseconds, self._sqnr_db())
-        for slower, reason in ranking.reasons.items():
-            runners[slower].engine.close()
-            self.add(Step(kind.title, slower, False, reason, "too slow"))
-        return runners[ranking.order[0]]
+                failed[form] = self.steps[-1].reason
+            if kind.name in self._gone or (opened and only_first):
+                break
+        return opened
+
+    def _rank(self, times: Mapping[str, float], forms: tuple[str, ...]) -> Ranking:
+        artifacts = self.bundle.manifest.artifacts
+        sqnr_db: dict[str, float] = {a.form: a.quality.sqnr_db for a in artifacts}
+        return rank({form: times.get(form, 0.0) for form in forms}, sqnr_db)
 
     def accept(self, kind: Kind, opened: Opened) -> Choice:
         """Close the negotiation with this engine."""
@@ -264,9 +265,6 @@ class _Negotiation:
             _log.warning(
                 "what was measured is not kept, and is measured at every start: %s", unkept
             )
-
-    def _sqnr_db(self) -> dict[str, float]:
-        return {a.form: a.quality.sqnr_db for a in self.bundle.manifest.artifacts}
 
 
 def _requirements(engine: EngineName, device: int) -> tuple[str, cudart.Device | None]:
