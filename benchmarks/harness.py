@@ -15,8 +15,11 @@ from typing import NamedTuple
 
 import msgspec
 import numpy as np
+import onnxruntime
 
-from runtime import atomic, doctor
+from runtime import atomic
+from runtime.machine import describe
+from runtime.version import __version__
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -138,14 +141,16 @@ def difference(one: Sequence[float], other: Sequence[float], *, scale: float = 1
 
 def machine(load: str) -> dict[str, str]:
     """What figures depend on beside the code; no path and no name of a host."""
-    facts = doctor.facts()
+    here = describe()
     return {
-        "processor": facts["cpu"],
-        "8-bit instructions": facts["int8 on cpu"],
+        "processor": f"{here.cpu}, {here.cores} cores for this process",
+        "8-bit instructions": ", ".join(here.int8_instructions) or "none",
         "system": f"{platform.system()} {platform.machine()}",
         "load": load,
         "python": platform.python_version(),
-        **{name: facts[name] for name in ("fieldfit", "numpy", "onnxruntime")},
+        "fieldfit": __version__,
+        "numpy": np.__version__,
+        "onnxruntime": onnxruntime.__version__,
         "revision": _revision(),
     }
 

@@ -65,15 +65,6 @@ def examine() -> Report:
     )
 
 
-def facts() -> dict[str, str]:
-    """The rows of the report without its sections, warnings and bundle."""
-    return {
-        name: value if isinstance(value, str) else ", ".join(value)
-        for rows in sections_of(examine()).values()
-        for name, value in rows
-    }
-
-
 def bundle_facts(bundle: Bundle) -> dict[str, object]:
     """What ``bundle`` says about itself."""
     manifest = bundle.manifest
@@ -168,7 +159,7 @@ def text(report: Report, bundle: Mapping[str, object] | None = None) -> str:
 
     ``bundle`` holds what is known about a bundle, by name; values are shown as ``str`` does.
     """
-    sections = sections_of(report)
+    sections = _sections(report)
     if bundle:
         sections["bundle"] = [
             (name, [str(line) for line in value] if isinstance(value, list) else str(value))
@@ -197,7 +188,7 @@ def _section(title: str, rows: Rows, width: int) -> str:
     return "\n".join(lines)
 
 
-def sections_of(report: Report) -> dict[str, Rows]:
+def _sections(report: Report) -> dict[str, Rows]:
     """Title and rows of each section, without bundle and warnings."""
     return {
         "machine": _machine_rows(report),
