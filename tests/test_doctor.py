@@ -22,7 +22,7 @@ from runtime.diagnosis import (
     what_to_look_at,
 )
 from runtime.engines import cudart, library_trial
-from tests.test_cudart import compile_fake
+from tests.standin_tensorrt import compile_cudart
 
 MACHINES = Path(__file__).parent / "machines"
 
@@ -184,7 +184,7 @@ def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Report:
         "tensorrt_lean": "import os; os.kill(os.getpid(), 11)",
     }
     install(tmp_path, packages, monkeypatch)
-    library = compile_fake(tmp_path / "libcudart.so.12")
+    library = compile_cudart(tmp_path / "libcudart.so.12")
     monkeypatch.setattr(cudart, "_candidates", lambda: iter([str(library)]))
     monkeypatch.setattr(cudart, "_loaded", None)
     return doctor.examine()
