@@ -5,7 +5,6 @@ of ``export.publish`` on the workstation and of the update on the device.
 """
 
 import hashlib
-import re
 from typing import Annotated, Literal
 
 import msgspec
@@ -13,7 +12,6 @@ import msgspec
 from runtime.errors import UpdateError
 from runtime.manifest import Sha256
 
-FORMAT = 1
 MAX_CHANNEL_BYTES = 4096
 
 ChannelName = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}\Z")]
@@ -27,7 +25,7 @@ Percent = Annotated[int, msgspec.Meta(ge=1, le=100)]
 class Channel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What the devices of one channel are to run."""
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
     channel: ChannelName
     name: str
     """Of the model, as in the bundle's manifest."""
@@ -79,24 +77,3 @@ def in_cohort(device_id: str, channel: Channel) -> bool:
     """
     digest = hashlib.sha256(f"{channel.sha256}:{device_id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") * 100 < channel.cohort << 64
-
-
-def is_older(version: str, other: str) -> bool:
-    """Whether ``version`` comes before ``other``: 0.9 < 0.10 < 1.0rc1 < 1.0 = 1.0.0 < 1.0.post1."""
-    return _order(version) < _order(other)
-
-
-_EARLY = re.compile(r"[.+-]?(dev|alpha|a|beta|b|c|rc|pre)(?![a-z])")
-
-
-def _order(version: str) -> tuple[tuple[int, ...], int, tuple[tuple[int, str], ...]]:
-    """A key to sort by: the numbers, then before or after their release, then what follows."""
-    match = re.match(r"[0-9]+(?:\.[0-9]+)*", version)
-    numbers = match[0] if match else ""
-    suffix = version[len(numbers) :]
-    release = [int(part) for part in numbers.split(".") if part]
-    while release and not release[-1]:
-        release.pop()
-    stage = 0 if not suffix else -1 if _EARLY.match(suffix) else 1
-    parts = re.findall(r"[0-9]+|[a-z]+", suffix)
-    return tuple(release), stage, tuple((int(p), "") if p.isdigit() else (-1, p) for p in parts)
