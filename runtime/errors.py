@@ -7,7 +7,8 @@
     ├── GateError     an artifact was judged and refused
     ├── BundleError   a bundle is not, byte for byte, what its manifest says
     ├── EngineError   no engine can run the bundle here, or it answered wrongly
-    └── UpdateError   an update could not be fetched, trusted or activated
+    ├── UpdateError   an update could not be fetched, trusted or activated
+    └── FleetError    a device's identity or status could not be made, sent, read or trusted
 
 Each message says what was expected, what came, and the way out. Only the ``__main__`` modules
 catch them: one line on stderr, exit code 1. Anything else is a bug and keeps its traceback.
@@ -64,3 +65,7 @@ class EngineError(FieldfitError):
 
 class UpdateError(FieldfitError):
     """An update could not be fetched, trusted or activated."""
+
+
+class FleetError(FieldfitError):
+    """A device's identity or status could not be made, sent, read or trusted."""
