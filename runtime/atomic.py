@@ -12,6 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+def make_folder(path: Path) -> None:
+    """Make ``path`` and the folders above it, to stay: a name in a folder is written by the fsync
+    of that folder alone."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    _fsync(path.parent)
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace ``path`` with ``data``; a crash or a full disk leaves the old file as it was."""
     with replacing_file(path) as temporary:
@@ -26,7 +36,7 @@ def write_text(path: Path, text: str) -> None:
 @contextlib.contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; it takes that name when the block succeeds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(descriptor)
     temporary = Path(name)
@@ -48,7 +58,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     A folder cannot be renamed over a full one, so the old one steps aside for the moment between
     two renames; a crash in that moment leaves it beside ``path`` under a ``.old`` name.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     old = path.with_name(f".{path.name}.old")
     try:

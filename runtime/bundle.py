@@ -77,13 +77,26 @@ class Bundle:
         self._check.wait()
 
     def read(self, name: str) -> bytes:
-        """The verified bytes of file ``name``.
+        """The verified bytes of file ``name``, which may be the manifest.
 
         Raises BundleError if the bundle has no such file, or if it was changed.
         """
-        if all(entry.name != name for entry in self.manifest.files):
+        if name not in self.names():
             raise BundleError(f"{self.path}: has no file {name!r}")
         return self._read(name)
+
+    def names(self) -> list[str]:
+        """All its files, the manifest first."""
+        return [MANIFEST, *sorted(entry.name for entry in self.manifest.files)]
+
+    def sha256(self) -> str:
+        """The digest of its zip, whether it was opened as one or as a folder.
+
+        Raises BundleError if a file was changed.
+        """
+        return hashlib.sha256(
+            encode_zip({name: self.read(name) for name in self.names()})
+        ).hexdigest()
 
     def model(self, form: str) -> bytes:
         """The verified ONNX bytes of one form: ``fp32``, ``fp16``, ``int8`` or ``int8-cpu``.
@@ -168,11 +181,14 @@ def _open_folder(folder: Path) -> tuple[Manifest, Read, _Check]:
             raise BundleError(f"{folder}: more than {MAX_FILES} files; this is no bundle")
     if MANIFEST not in found:
         raise BundleError(f"{folder}: has no {MANIFEST}; this is no bundle, or it was cut short")
-    manifest = decode(_read_file(found.pop(MANIFEST), MAX_MANIFEST_BYTES))
+    head = _read_file(found.pop(MANIFEST), MAX_MANIFEST_BYTES)
+    manifest = decode(head)
     _check_names(manifest, set(found), str(folder))
     entries = {entry.name: entry for entry in manifest.files}
 
     def read(name: str) -> bytes:
+        if name == MANIFEST:
+            return head
         return _verified(entries[name], _read_file(folder / name, entries[name].size), str(folder))
 
     return manifest, read, _Check(folder, manifest.files)
@@ -192,8 +208,8 @@ def _open_zip(path: Path) -> tuple[Manifest, Read, _Check]:
     # A zip can hide bytes before, between and after its files; ours has one encoding.
     if encode_zip(contents) != data:
         raise BundleError(f"{path}: changed since export (bytes outside the files); copy it again")
-    manifest = decode(contents.pop(MANIFEST))
-    _check_names(manifest, set(contents), str(path))
+    manifest = decode(contents[MANIFEST])
+    _check_names(manifest, set(contents) - {MANIFEST}, str(path))
     for entry in manifest.files:
         _verified(entry, contents[entry.name], str(path))
     return manifest, contents.__getitem__, _Check(path, ())
