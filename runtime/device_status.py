@@ -1,0 +1,268 @@
+"""Gather how this device is: its slots, engine, metadata and machine become one status.
+
+It reads and decides nothing; what is not there stays absent. What cannot be read again later, the
+engine that was chosen and how the last update went, is written down here when it happens.
+"""
+
+import datetime
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from runtime import atomic, machine
+from runtime.choose import Choice
+from runtime.errors import FleetError
+from runtime.identity import Device, Identity
+from runtime.machine import Machine
+from runtime.manifest import Manifest, Minimum, Sha256
+from runtime.slot_state import State
+from runtime.slots import Slots
+from runtime.status_document import (
+    MAX_STATUS_BYTES,
+    BundleStatus,
+    Drift,
+    EngineStatus,
+    MachineStatus,
+    Moment,
+    PassedOver,
+    SlotStatus,
+    Status,
+    Text,
+    UpdateStatus,
+    clipped,
+    read_status,
+    sign_status,
+)
+from runtime.version import __version__
+
+STATUS, ENGINE, UPDATE = "status.json", "engine.json", "last_update.json"
+
+ROLES = ("root", "timestamp", "snapshot", "targets")
+_MAX_METADATA_BYTES = 4 * 1024 * 1024
+_MAX_LISTED = 32
+_WANTED = ("too slow", "not wanted")
+"""Faults of a candidate that nobody misses."""
+
+
+class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """The engine that was chosen for a bundle on this device."""
+
+    manifest: Sha256
+    """The digest of the bundle's manifest."""
+    engine: EngineStatus
+
+
+class UpdateRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """How the last update went."""
+
+    outcome: Text
+    failed: bool
+    time_floor: datetime.datetime | None = None
+
+
+def record_engine(
+    state: Path, manifest: Manifest, choice: Choice, required: Minimum | None = None
+) -> None:
+    """Write down the engine that answers from now on.
+
+    ``required`` is what this site asks for, if that is more than the bundle does.
+    """
+    engine = choice.engine
+    passed_over = [
+        PassedOver(
+            candidate=clipped(", ".join(filter(None, (step.engine, step.form)))),
+            fault=step.fault or "failed",
+            reason=clipped(step.reason),
+        )
+        for step in choice.steps
+        if not step.accepted and step.fault not in _WANTED
+    ]
+    status = EngineStatus(
+        name=engine.name,
+        version=clipped(engine.version),
+        provider=engine.provider,
+        form=engine.form,
+        required=required or manifest.required_provider,
+        passed_over=tuple(passed_over[:_MAX_LISTED]),
+    )
+    record = EngineRecord(manifest=manifest.digest, engine=status)
+    atomic.write_bytes(state / ENGINE, msgspec.json.encode(record))
+
+
+def record_update(
+    state: Path, outcome: str, *, failed: bool, time_floor: datetime.datetime | None = None
+) -> None:
+    """Write down how an update went, in one sentence."""
+    record = UpdateRecord(outcome=clipped(outcome), failed=failed, time_floor=time_floor)
+    atomic.write_bytes(state / UPDATE, msgspec.json.encode(record))
+
+
+def report(
+    state: Path,
+    identity: Identity,
+    *,
+    counters: Mapping[str, int] | None = None,
+    drift: Drift | None = None,
+    root: Path = machine.ROOT,
+) -> bytes:
+    """The signed document of this moment, which is also kept in the state folder.
+
+    ``root`` is the file tree that the machine is read from.
+    """
+    previous = _previous(state, identity)
+    status = describe(
+        identity.device,
+        machine.describe(root),
+        slots=Slots(state).status().state,
+        engine=_record(state / ENGINE, EngineRecord),
+        update=_record(state / UPDATE, UpdateRecord),
+        expires=expiries(state / "tuf"),
+        previous=previous,
+        boot=_boot_id(root),
+        uptime_s=time.clock_gettime(time.CLOCK_BOOTTIME),
+        counters=counters or {},
+        drift=drift,
+    )
+    data = sign_status(status, identity)
+    atomic.write_bytes(state / STATUS, data)
+    return data
+
+
+def describe(
+    device: Device,
+    here: Machine,
+    *,
+    slots: State,
+    engine: EngineRecord | None,
+    update: UpdateRecord | None,
+    expires: Mapping[str, datetime.datetime],
+    previous: Status | None,
+    boot: str,
+    uptime_s: float,
+    counters: Mapping[str, int],
+    drift: Drift | None,
+) -> Status:
+    """Put together what was read; ``previous`` is the last status of this device."""
+    current = slots.current
+    # A clock that was set back must not make this look like an old document.
+    last = previous.moment.sequence if previous else 0
+    return Status(
+        device=device.id,
+        name=device.name,
+        fieldfit=__version__,
+        moment=Moment(
+            seen=here.time,
+            synchronised=here.clock_synchronised,
+            boot=clipped(boot),
+            uptime_s=round(uptime_s, 3),
+            sequence=max(last + 1, int(here.time.timestamp())),
+        ),
+        machine=_machine(here),
+        bundle=current
+        and BundleStatus(
+            name=clipped(current.name),
+            version=clipped(current.version),
+            sha256=current.sha256,
+            since=_since(current.sha256, previous, here),
+        ),
+        engine=engine.engine
+        if engine and current and engine.manifest == current.manifest
+        else None,
+        slots=_slots(slots),
+        update=UpdateStatus(
+            expires=dict(expires),
+            outcome=update.outcome if update else None,
+            failed=bool(update and update.failed),
+            version_floor=clipped(slots.floor) or None,
+            time_floor=update.time_floor if update else None,
+        ),
+        drift=drift,
+        counters=dict(counters),
+    )
+
+
+def expiries(folder: Path) -> dict[str, datetime.datetime]:
+    """When the metadata expires that this device last believed, by role."""
+    found = {}
+    for role in ROLES:
+        metadata = _record(folder / f"{role}.json", _Metadata, _MAX_METADATA_BYTES)
+        if metadata is not None:
+            found[role] = metadata.signed.expires
+    return found
+
+
+class _Signed(msgspec.Struct):
+    expires: datetime.datetime
+
+
+class _Metadata(msgspec.Struct):
+    signed: _Signed
+
+
+def _since(sha256: str, previous: Status | None, here: Machine) -> datetime.datetime | None:
+    if not here.clock_synchronised:
+        return None
+    before = previous.bundle if previous else None
+    if before and before.sha256 == sha256 and before.since and before.since <= here.time:
+        return before.since
+    return here.time
+
+
+def _slots(state: State) -> SlotStatus:
+    pending, failures = state.pending, state.failures
+    failure = failures[-1] if failures else None
+    return SlotStatus(
+        previous=state.previous and state.previous.sha256,
+        pending=pending and pending.release.sha256,
+        tries_left=pending and pending.tries,
+        failure=failure and clipped(f"{failure.release}: {failure.reason}"),
+        failed=failure and datetime.datetime.fromisoformat(failure.date),
+    )
+
+
+def _machine(here: Machine) -> MachineStatus:
+    return MachineStatus(
+        model=clipped(here.model) if here.model else None,
+        temperatures={
+            clipped(zone): value for zone, value in list(here.temperatures.items())[:_MAX_LISTED]
+        },
+        throttling=tuple(clipped(name) for name in here.throttling[:_MAX_LISTED]),
+        memory_total=here.memory.total if here.memory else None,
+        memory_available=here.memory.available if here.memory else None,
+    )
+
+
+def _previous(state: Path, identity: Identity) -> Status | None:
+    """The last status; None if there is none, or one that this device did not write."""
+    try:
+        with (state / STATUS).open("rb") as file:
+            data = file.read(MAX_STATUS_BYTES + 1)
+        return read_status(data, {identity.device.id: identity.public})
+    except (OSError, FleetError):
+        return None
+
+
+_Record = TypeVar("_Record")
+
+
+def _record(path: Path, kind: type[_Record], limit: int = MAX_STATUS_BYTES) -> _Record | None:
+    """What is written in ``path``; None where that is absent, damaged or too large."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+        return msgspec.json.decode(data, type=kind) if len(data) <= limit else None
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+
+
+def _boot_id(root: Path) -> str:
+    try:
+        text = (root / "proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        return ""
+    found = re.match(r"[0-9a-f-]{36}", text)
+    return found[0] if found else ""
