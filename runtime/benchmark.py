@@ -25,7 +25,8 @@ class Timing(NamedTuple):
     cpu_ms: float
     """Median CPU time of one call, all threads together: blind to other processes."""
     relative_speed: float
-    """Median over the rounds of the first engine's CPU time divided by this one's."""
+    """Median over the rounds of the first engine's time divided by this one's: CPU time on a CPU,
+    wall time on a GPU, for which the CPU only waits."""
 
 
 def interleave(
@@ -45,6 +46,7 @@ def interleave(
     """
     wall: list[list[float]] = [[] for _ in engines]
     cpu: list[list[float]] = [[] for _ in engines]
+    turns: list[list[float]] = [[] for _ in engines]
     end = time.perf_counter() + seconds
     while len(cpu[0]) < least_rounds or time.perf_counter() < end:
         for index, engine in enumerate(engines):
@@ -56,14 +58,16 @@ def interleave(
                 engine.infer(images)
                 wall[index].append(time.perf_counter() - start)
             cpu[index].append((time.process_time() - cpu_start) / calls)
-    first = np.array(cpu[0])
+            turns[index].append(sum(wall[index][-calls:]))
+    compared = np.array(cpu if engines[0].provider == "cpu" else turns)
+    speeds = np.median(compared[0] / np.maximum(compared, 1e-9), axis=1)
     return [
         Timing(
             form=engine.form,
             batch=len(images),
             wall_ms=metrics.percentiles_ms(np.array(wall[index])),
             cpu_ms=float(np.median(cpu[index]) * 1e3),
-            relative_speed=float(np.median(first / np.maximum(cpu[index], 1e-9))),
+            relative_speed=float(speeds[index]),
         )
         for index, engine in enumerate(engines)
     ]

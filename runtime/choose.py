@@ -5,6 +5,7 @@ accepted or rejected with a sentence. Nothing steps down in silence, and what is
 replaced by something less. It does not know the engines' libraries.
 """
 
+import itertools
 import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from runtime.engines.onnxruntime_session import load_onnxruntime, require_gpu
 from runtime.engines.plan_cache import PlanCache
 from runtime.engines.tensorrt_library import installed
 from runtime.errors import EngineError, EngineFault
-from runtime.race import Key, Ranking, race, rank, recall, remember
+from runtime.race import Key, Outcome, Ranking, race, rank, recall, remember
 from runtime.selftest import Opened, SelfTest, replay
 
 _log = logging.getLogger(__name__)
@@ -74,27 +75,35 @@ def choose_engine(
     Raises EngineError with every candidate's reason if none is left, and if only something less
     than ``request`` or the bundle's manifest requires is to be had.
     """
-    request = request or Request()
-    negotiation = _Negotiation(bundle, request, cache or PlanCache.default(), rebuild)
-    forms = [artifact.form for artifact in bundle.manifest.artifacts]
-    minimum = bundle.manifest.required_provider
-    try:
-        rounds, excluded = plan_rounds(request, forms, minimum)
-    except EngineError as error:
-        raise EngineError(f"{bundle.path}: {error}", error.fault) from error
-    for kind, reason in excluded:
-        negotiation.add(Step(kind.title, "", False, reason, "not wanted"))
-    for around in rounds:
+    negotiation = _Negotiation(bundle, request or Request(), cache or PlanCache.default(), rebuild)
+    for around in negotiation.plan():
         opened = negotiation.run(around)
         if opened is not None:
             return negotiation.accept(around.kind, opened)
-    steps = negotiation.steps
-    need = request.require or minimum
-    what = f"{need} is required and cannot be had" if need else "no engine can run it"
-    fault = next((step.fault for step in steps if step.fault != "not wanted"), None)
-    raise EngineError(
-        f"{bundle.path}: {what} here: {'; '.join(map(str, steps))}", fault or "not wanted"
+    raise negotiation.nothing_left()
+
+
+def open_forms(
+    bundle: Bundle, request: Request | None = None, *, cache: PlanCache | None = None
+) -> tuple[Engine, ...]:
+    """Open every form of ``bundle`` that one engine runs here, to compare them with each other.
+
+    The engine is the one of ``request``, by default the one that ``choose_engine`` would choose.
+    Each form has replayed the golden samples; TensorRT's plans are taken from ``cache`` or built
+    into it. Forms are in the order of the manifest. The caller closes them.
+
+    Raises EngineError as ``choose_engine`` does.
+    """
+    negotiation = _Negotiation(
+        bundle, request or Request(), cache or PlanCache.default(), rebuild=False
     )
+    rounds = negotiation.plan()
+    for _, group in itertools.groupby(rounds, lambda around: around.kind):
+        opened = {form: each for around in group for form, each in negotiation.run_all(around)}
+        if opened:
+            forms = (artifact.form for artifact in bundle.manifest.artifacts)
+            return tuple(opened[form].engine for form in forms if form in opened)
+    raise negotiation.nothing_left()
 
 
 def prove_on_cpu(bundle: Bundle, form: str, golden: Golden) -> Step:
@@ -125,23 +134,37 @@ class _Negotiation:
         self._gone: set[str] = set()
         """Engines that cannot be had at all."""
 
+    def plan(self) -> list[Round]:
+        """The rounds to go through; what is left out becomes a step. Raises EngineError."""
+        manifest = self.bundle.manifest
+        forms = [artifact.form for artifact in manifest.artifacts]
+        try:
+            rounds, excluded = plan_rounds(self.request, forms, manifest.required_provider)
+        except EngineError as error:
+            raise EngineError(f"{self.bundle.path}: {error}", error.fault) from error
+        for kind, reason in excluded:
+            self.add(Step(kind.title, "", False, reason, "not wanted"))
+        return rounds
+
+    def nothing_left(self) -> EngineError:
+        """Every candidate's reason, once all have been passed over."""
+        need = self.request.require or self.bundle.manifest.required_provider
+        what = f"{need} is required and cannot be had" if need else "no engine can run it"
+        fault = next((step.fault for step in self.steps if step.fault != "not wanted"), None)
+        return EngineError(
+            f"{self.bundle.path}: {what} here: {'; '.join(map(str, self.steps))}",
+            fault or "not wanted",
+        )
+
     def run(self, around: Round) -> Opened | None:
         """The winner of this round, or None once every form has been passed over."""
         kind = around.kind
-        if kind.name in self._gone:
+        recalled = self._recall(around)
+        if recalled is None:
             return None
-        try:
-            key = self._key(kind)
-        except EngineError as error:
-            self._reject(kind, "", error)
-            return None
-        known = None if self.rebuild else recall(self.cache.folder, key)
+        key, known = recalled
         failed = dict(known.failed) if known else {}
         times = dict(known.milliseconds) if known else {}
-        for form in around.forms:
-            if form in failed and known:
-                reason = f"{failed[form]} (on {known.date}; fieldfit build --rebuild tries again)"
-                self.add(Step(kind.title, form, False, reason, "failed self-test"))
         left = tuple(form for form in around.forms if form not in failed)
         remembered = bool(left) and all(form in times for form in left)
         ranking = self._rank(times, left) if remembered else None
@@ -162,6 +185,38 @@ class _Negotiation:
                 opened[form].engine.close()
             self.add(Step(kind.title, form, False, ranking.reasons[form] + when, "too slow"))
         return opened[winner]
+
+    def run_all(self, around: Round) -> list[tuple[str, Opened]]:
+        """All of this round that open, in its order; nothing is raced."""
+        recalled = self._recall(around)
+        if recalled is None:
+            return []
+        key, known = recalled
+        failed = dict(known.failed) if known else {}
+        left = tuple(form for form in around.forms if form not in failed)
+        opened = self._open_in_turn(around.kind, left, failed, only_first=False)
+        if failed != (known.failed if known else {}):
+            self._remember(key, dict(known.milliseconds) if known else {}, failed)
+        return list(opened.items())
+
+    def _recall(self, around: Round) -> tuple[Key, Outcome | None] | None:
+        """What is remembered of this round, and its key; None if its engine cannot be had."""
+        kind = around.kind
+        if kind.name in self._gone:
+            return None
+        try:
+            key = self._key(kind)
+        except EngineError as error:
+            self._reject(kind, "", error)
+            return None
+        known = None if self.rebuild else recall(self.cache.folder, key)
+        for form in around.forms:
+            if known and form in known.failed:
+                reason = (
+                    f"{known.failed[form]} (on {known.date}; fieldfit build --rebuild tries again)"
+                )
+                self.add(Step(kind.title, form, False, reason, "failed self-test"))
+        return key, known
 
     def _open_in_turn(
         self, kind: Kind, forms: tuple[str, ...], failed: dict[str, str], only_first: bool

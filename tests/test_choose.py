@@ -5,22 +5,25 @@ around it. The races are decided by the tests: how long a call takes is no matte
 """
 
 import hashlib
+import json
 import logging
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from export.parity import measure
 from export.write_bundle import encode_golden, write_bundle
 from runtime import choose
+from runtime.__main__ import main as fieldfit
 from runtime.bundle import Bundle
 from runtime.candidates import Request
-from runtime.choose import Choice, choose_engine, prove_on_cpu
+from runtime.choose import Choice, choose_engine, open_forms, prove_on_cpu
 from runtime.engines import cudart
 from runtime.engines.engine import Engine
 from runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
@@ -40,9 +43,12 @@ FAST = {"int8": 1.0, "fp16": 2.0, "int8-cpu": 3.0, "fp32": 6.0}
 
 def make_bundle(
     folder: Path, *, forms: Sequence[Form] = FORMS, minimum: Minimum | None = None,
-    wrong: Sequence[str] = (),
+    wrong: Sequence[str] = (), spoilt: Mapping[Form, Callable[[bytes], bytes]] | None = None,
 ) -> Bundle:  # fmt: skip
-    """One tiny graph under the names of several forms; the golden logits of ``wrong`` are wrong."""
+    """One tiny graph under the names of several forms.
+
+    The golden logits of ``wrong`` are wrong; the files of ``spoilt`` are what it makes of them.
+    """
     models = {form: tiny_model(size=SIZE) for form in forms}
     for form, model in models.items():
         model.doc_string = form  # other bytes, the same answers
@@ -52,6 +58,8 @@ def make_bundle(
         logits = engine.infer(images).logits
     golden: dict[str, Any] = {form: -logits if form in wrong else logits for form in forms}
     quality = measure(logits, logits, np.array([0, 1, 2]), seed=0)
+    for form, spoil in (spoilt or {}).items():
+        data[form] = spoil(data[form])
     files = {f"{form}.onnx": data[form] for form in forms}
     files["golden.npz"] = encode_golden(images, golden)
     manifest = Manifest(
@@ -450,3 +458,66 @@ def test_where_gpu_and_cpu_share_memory_both_ways_are_timed_and_the_faster_is_ke
     assert record.notes["memory"] in ("pinned", "mapped")
     faster = min(("pinned", "mapped"), key=lambda memory: record.notes[f"{memory}_ms"])
     assert record.notes["memory"] == faster
+
+
+# --- all forms of one engine, and artifacts that are refused
+
+
+def test_all_forms_of_the_engine_that_would_be_chosen_are_opened_and_nothing_is_raced(
+    tmp_path: Path, trt: StandIn, decided: list[tuple[str, ...]], caplog: pytest.LogCaptureFixture
+) -> None:
+    bundle, cache = make_bundle(tmp_path, wrong=("int8",)), PlanCache(tmp_path / "cache")
+    for _ in range(2):
+        engines = open_forms(bundle, cache=cache)
+        assert [(e.name, e.form) for e in engines] == [("tensorrt", "fp32"), ("tensorrt", "fp16")]
+        for engine in engines:
+            engine.close()
+        assert (trt.builds, decided) == (3, [])
+    assert caplog.text.count("TensorRT, int8: passed over: failed its self-test") == 2
+
+
+def test_all_forms_of_an_engine_that_is_asked_for(tmp_path: Path, no_gpu: None) -> None:
+    bundle, cache = make_bundle(tmp_path), PlanCache(tmp_path / "cache")
+    for request in (Request(), Request(engine="onnxruntime-cpu")):
+        engines = open_forms(bundle, request, cache=cache)
+        assert [engine.form for engine in engines] == ["fp32", "int8-cpu"]
+    with pytest.raises(EngineError, match="neither tensorrt nor tensorrt_rtx is installed"):
+        open_forms(bundle, Request(engine="tensorrt"), cache=cache)
+
+
+def test_benchmark_times_every_form_that_tensorrt_runs(
+    tmp_path: Path, trt: StandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["benchmark", str(make_bundle(tmp_path).path), "--cache", str(tmp_path / "cache")]
+    assert fieldfit([*arguments, "--seconds", "0.01", "--json"]) == 0
+    timings = json.loads(capsys.readouterr().out)
+    assert [timing["form"] for timing in timings] == ["fp32", "fp16", "int8"]
+    assert timings[0]["relative_speed"] == 1.0
+    assert fieldfit([*arguments, "--seconds", "0.01", "--engine", "onnxruntime-cpu"]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].startswith("onnxruntime ")
+    assert table[0].endswith("CPU, batch 1, threads 1; ms of one call")
+    assert [line.split()[0] for line in table[1:]] == ["form", "fp32", "int8-cpu"]
+    assert trt.builds == 3
+
+
+def with_a_node_of_compiled_code(data: bytes) -> bytes:
+    model = onnx.load_from_string(data)
+    model.graph.node.add(op_type="EPContext", domain="com.microsoft", output=["plan"])
+    return model.SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [(lambda data: b"no ONNX file", "int8-cpu"), (with_a_node_of_compiled_code, "EPContext")],
+    ids=["no ONNX file", "EPContext"],
+)
+def test_an_artifact_that_is_refused_is_stepped_over(
+    tmp_path: Path, no_gpu: None, spoil: Callable[[bytes], bytes], words: str
+) -> None:
+    choice = opened(make_bundle(tmp_path, spoilt={"int8-cpu": spoil}), tmp_path)
+    assert fates(choice)[2:] == [
+        ("onnxruntime CPU", "int8-cpu", "refused artifact"),
+        ("onnxruntime CPU", "fp32", "accepted"),
+    ]
+    assert words in choice.steps[2].reason

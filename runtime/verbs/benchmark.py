@@ -5,7 +5,14 @@ import json
 import sys
 from pathlib import Path
 
-from runtime.verbs.options import add_verb, positive, seconds
+from runtime.verbs.options import (
+    add_engine_options,
+    add_verb,
+    cache,
+    positive,
+    request,
+    seconds,
+)
 
 
 def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -15,14 +22,16 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         "benchmark",
         run,
         summary="time the bundle's forms against each other on this machine",
-        description="Time the forms in turn on the golden samples; speeds are ratios of CPU time "
-        "to fp32's.",
-        example="fieldfit benchmark build/solar/bundle --threads 1 --batch 16",
+        description="Time the forms that one engine runs in turn on the golden samples. The engine "
+        "is the one that would be chosen here, or --engine; what TensorRT has not built yet is "
+        "built and kept. Speeds are relative to the first form: in CPU time on a CPU, in wall "
+        "time on a GPU.",
+        example="fieldfit benchmark build/solar/bundle --engine onnxruntime-cpu --batch 16",
     )
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--batch", type=positive, default=1, metavar="N", help="default 1")
     parser.add_argument("--seconds", type=seconds, default=5.0, metavar="S", help="default 5")
-    parser.add_argument("--threads", type=positive, default=1, metavar="N", help="default 1")
+    add_engine_options(parser, threads=1)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -31,20 +40,24 @@ def run(options: argparse.Namespace) -> int:
 
     from runtime.benchmark import interleave
     from runtime.bundle import Bundle
-    from runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
+    from runtime.choose import open_forms
+    from runtime.engines.engine import PROVIDER_TITLES
 
     bundle = Bundle.open(options.bundle)
-    forms = [form for form in ("fp32", "int8-cpu") if bundle.manifest.artifact(form)]
     images = np.resize(bundle.golden()["images"], (options.batch, *bundle.manifest.input.shape))
-    engines = [
-        OnnxRuntimeEngine(bundle.model(form), form=form, threads=options.threads) for form in forms
-    ]
-    print(f"fieldfit: timing {', '.join(forms)} for {options.seconds:g} s", file=sys.stderr)
+    engines = open_forms(bundle, request(options), cache=cache(options))
+    forms = ", ".join(engine.form for engine in engines)
+    first = engines[0]
+    print(f"fieldfit: timing {forms} for {options.seconds:g} s", file=sys.stderr)
     timings = interleave(engines, images, seconds=options.seconds)
+    for engine in engines:
+        engine.close()
     if options.json:
         print(json.dumps([timing._asdict() for timing in timings]))
         return 0
-    print(f"onnxruntime CPU, batch {options.batch}, threads {options.threads}; ms of one call")
+    threads = f", threads {options.threads}" if first.provider == "cpu" else ""
+    engine_words = f"{first.name} {first.version} {PROVIDER_TITLES[first.provider]}"
+    print(f"{engine_words}, batch {options.batch}{threads}; ms of one call")
     print(f"{'form':10}{'p50':>9}{'p90':>9}{'p99':>9}{'max':>9}{'CPU':>9}{'speed':>9}")
     for timing in timings:
         columns = "".join(f"{value:9.2f}" for value in [*timing.wall_ms.values(), timing.cpu_ms])

@@ -28,8 +28,11 @@ def add_verb(
     return parser
 
 
-def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    """Which engine may run, and where plans are kept; ``request`` and ``cache`` read them."""
+def add_engine_options(parser: argparse.ArgumentParser, *, threads: int | None = None) -> None:
+    """Which engine may run, and where plans are kept; ``request`` and ``cache`` read them.
+
+    ``threads`` is the default; None are all.
+    """
     parser.add_argument(
         "--require",
         choices=get_args(Minimum),
@@ -39,7 +42,13 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--engine", choices=get_args(EngineName), help="run this engine and no other"
     )
     parser.add_argument("--form", help="run this form of the bundle (fp16, int8-cpu, ...), or fail")
-    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads; default all")
+    parser.add_argument(
+        "--threads",
+        type=positive,
+        default=threads,
+        metavar="N",
+        help=f"CPU threads; default {threads or 'all'}",
+    )
     parser.add_argument("--device", type=ordinal, default=0, metavar="N", help="GPU; default 0")
     parser.add_argument(
         "--cache",
