@@ -1,10 +1,11 @@
-"""Write what can be made from the code: recipe keys, command help, the README's table.
+"""Write what can be made from the code: recipe keys, command help, doctor's keys, README's table.
 
 ``make docs`` runs it; a test fails when a page is stale. It invents no words: what the pages say
-are the docstrings of runtime/recipe.py and the help texts of the commands.
+are docstrings of ``runtime`` and the help texts of the commands.
 """
 
 import ast
+import datetime
 import inspect
 import itertools
 import json
@@ -19,11 +20,16 @@ import msgspec
 
 from export import table
 from export.release import Release
-from runtime import preprocess, recipe
+from runtime import choose, diagnosis, machine, manifest, preprocess, recipe
+from runtime.choose import Step
+from runtime.diagnosis import Report
+from runtime.manifest import Adaptation
 from runtime.recipe import Recipe
 from train.degradations import degradations_page
 
-MODULES = {"runtime.recipe": recipe, "runtime.preprocess": preprocess}
+MODULES = {
+    module.__name__: module for module in (choose, diagnosis, machine, manifest, preprocess, recipe)
+}
 DOCS = Path(__file__).resolve().parent
 BEGIN = "<!-- begin generated: make docs -->"
 END = "<!-- end generated -->"
@@ -91,6 +97,34 @@ def commands_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def doctor_page() -> str:
+    """``doctor.md``: every key of ``fieldfit doctor --json``."""
+    lines = [
+        "# What `fieldfit doctor --json` says",
+        "",
+        "<!-- Generated from runtime/diagnosis.py and runtime/machine.py by `make docs`. -->",
+        "",
+        "`fieldfit doctor` prints the same for people, and warns under *what to look at*. `*` is",
+        "any name, `[]` any item of a list; what cannot be read is `null`.",
+        "",
+        *_json_table(Report),
+        "",
+        "## bundle",
+        "",
+        "`null` unless a bundle was named: `fieldfit doctor BUNDLE --json`. `bundle.bundle` is its",
+        "name and version, `bundle.forms` are the forms in it, `bundle.engine` is the engine that",
+        '`fieldfit classify` would run, or `"none"`, and `bundle.reasons` are the steps that led',
+        "to it, as sentences. If no engine can run it there are no steps and the exit code is 1.",
+        "",
+        *_json_table(Adaptation, "bundle.adaptation."),
+        "",
+        "Candidates in the order in which they were tried:",
+        "",
+        *_json_table(Step, "bundle.steps[]."),
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def readme() -> str:
     """``README.md`` with the table of the newest measured release of the default recipe."""
     path = DOCS.parent / "benchmarks" / "results" / "quality.json"
@@ -113,6 +147,7 @@ def readme() -> str:
 PAGES = {
     "docs/recipe.md": recipe_page,
     "docs/commands.md": commands_page,
+    "docs/doctor.md": doctor_page,
     "docs/degradations.md": degradations_page,
     "README.md": readme,
 }
@@ -133,6 +168,41 @@ def _table(struct: type, *, skip_tables: bool = False) -> list[str]:
         meaning = meanings.get(field.name, "").replace("|", "\\|")
         lines.append(f"| `{field.name}` | {values} | {default} | {meaning} |")
     return lines
+
+
+def _json_table(struct: type, prefix: str = "") -> list[str]:
+    rows = _json_rows(struct, prefix)
+    return ["| key | values | meaning |", "| --- | --- | --- |", *rows]
+
+
+def _json_rows(struct: type, prefix: str) -> list[str]:
+    """A row for each key, and under it those of what it holds."""
+    meanings = _attribute_docs(struct)
+    rows = []
+    for name, hint in get_type_hints(struct).items():
+        kinds = [hint, *get_args(hint)]
+        inner = next((found for kind in kinds if (found := _struct(kind)) is not None), None)
+        container = {dict: ".*", tuple: "[]"}.get(get_origin(hint) or hint, "")
+        meaning = meanings.get(name) or (_first(inspect.getdoc(inner)) if inner else "")
+        rows.append(f"| `{prefix}{name}` | {_json_values(hint)} | {meaning} |")
+        if inner is not None:
+            rows += _json_rows(inner, f"{prefix}{name}{container}.")
+    return rows
+
+
+def _json_values(kind: Any) -> str:
+    """What JSON makes of a type, in words."""
+    arguments = get_args(kind)
+    if type(None) in arguments:
+        others = [each for each in arguments if each is not type(None)]
+        return f"{_json_values(others[0]) if len(others) == 1 else 'text'} or `null`"
+    if get_origin(kind) is dict:
+        return "object" if _struct(arguments[1]) else f"object of {_json_values(arguments[1])}"
+    if get_origin(kind) is tuple:
+        return "list" if _struct(arguments[0]) else f"list of {_json_values(arguments[0])}"
+    if _struct(kind):
+        return "object"
+    return "time (ISO 8601)" if kind is datetime.datetime else _values(kind)
 
 
 def _struct(kind: Any) -> type | None:

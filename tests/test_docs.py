@@ -25,7 +25,8 @@ def generate() -> ModuleType:
 
 
 @pytest.mark.parametrize(
-    "page", ["docs/recipe.md", "docs/commands.md", "docs/degradations.md", "README.md"]
+    "page",
+    ["docs/recipe.md", "docs/commands.md", "docs/doctor.md", "docs/degradations.md", "README.md"],
 )
 def test_generated_pages_are_fresh(generate: ModuleType, page: str) -> None:
     assert (ROOT / page).read_text() == generate.PAGES[page](), "stale: run `make docs`"
