@@ -150,10 +150,12 @@ class _Negotiation:
         """Every candidate's reason, once all have been passed over."""
         need = self.request.require or self.bundle.manifest.required_provider
         what = f"{need} is required and cannot be had" if need else "no engine can run it"
-        fault = next((step.fault for step in self.steps if step.fault != "not wanted"), None)
+        faults = [step.fault for step in self.steps if step.fault not in (None, "not wanted")]
+        # What ails the bundle says more than what this machine was never expected to have.
+        faults.sort(key=lambda fault: fault in _WHOLE_ENGINE)
         return EngineError(
             f"{self.bundle.path}: {what} here: {'; '.join(map(str, self.steps))}",
-            fault or "not wanted",
+            faults[0] if faults else "not wanted",
         )
 
     def run(self, around: Round) -> Opened | None:
