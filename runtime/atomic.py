@@ -80,6 +80,14 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def remove_folder(path: Path) -> None:
+    """Remove ``path``; a crash on the way leaves the rest of it beside, under a ``.old`` name."""
+    old = path.with_name(f".{path.name}.old")
+    path.rename(old)
+    _fsync(path.parent)
+    shutil.rmtree(old)
+
+
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -3,6 +3,7 @@
 It knows nothing of what is in them.
 """
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -99,8 +100,9 @@ class Lock(NamedTuple):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Its last holder may have removed it meanwhile: then it locks nothing any more.
             if os.path.samestat(os.fstat(descriptor), path.lstat()):
-                os.truncate(descriptor, 0)
-                os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+                with contextlib.suppress(OSError):  # who holds it is a courtesy: a full disk locks
+                    os.truncate(descriptor, 0)
+                    os.pwrite(descriptor, str(os.getpid()).encode(), 0)
                 return cls(path, descriptor)
         except (BlockingIOError, FileNotFoundError):
             pass

@@ -55,6 +55,8 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     release: Release
     reason: str
     date: str
+    damaged: bool = False
+    """Its files were damaged here: no fault of the bundle, which may be staged and tried again."""
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,10 +76,14 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
         """Why the slot ``sha256`` was given up, or None if it was not."""
         return next((f for f in self.failures if f.release.sha256 == sha256), None)
 
+    def barred(self, sha256: str) -> Failure | None:
+        """Why the bundle ``sha256`` is not tried again unasked, or None if it may be."""
+        failure = self.failure(sha256)
+        return failure if failure and not failure.damaged else None
+
     def in_use(self) -> set[str]:
         """The slots that must stay: current, previous and pending."""
-        releases = (self.current, self.previous, self.pending and self.pending.release)
-        return {release.sha256 for release in releases if release}
+        return {release.sha256 for release in _roles(self)}
 
 
 class Refusal(NamedTuple):
@@ -111,7 +117,7 @@ def activate(
         return state
     if refusal := check_floor(state, release, allow_lower=allow_lower):
         return refusal
-    if (failure := state.failure(release.sha256)) and not again:
+    if (failure := state.barred(release.sha256)) and not again:
         return Refusal(
             f"{release}: given up on {failure.date}: {failure.reason}; it is tried again only if "
             "that is asked for (again)"
@@ -127,7 +133,7 @@ def begin_try(state: State, date: str) -> State:
         left = msgspec.structs.replace(state.pending, tries=state.pending.tries - 1)
         return _next(state, pending=left)
     reason = f"{TRIES} tries ended without an answer: it crashed or hung, or the power failed"
-    return give_up(state, state.pending.release.sha256, reason, date)
+    return _give_up(state, Failure(release=state.pending.release, reason=reason, date=date))
 
 
 def commit(state: State, sha256: str | None = None) -> State | Refusal:
@@ -165,35 +171,46 @@ def rollback(state: State, reason: str, date: str, sha256: str | None = None) ->
     if given_up is None:
         return Refusal("nothing to roll back: no slot is current or on trial")
     if pending and pending.release.sha256 == given_up:
-        return give_up(state, given_up, reason, date)
+        return _give_up(state, Failure(release=pending.release, reason=reason, date=date))
     if current and current.sha256 == given_up:
         if state.previous is None:
-            return Refusal(f"{current}: current, and no slot before it is left to roll back to")
-        return give_up(state, given_up, reason, date)
+            return Refusal(f"{current}: no slot before it is left to roll back to")
+        return _give_up(state, Failure(release=current, reason=reason, date=date))
     if state.failure(given_up):
         return state
     return Refusal(f"nothing to roll back: slot {given_up[:12]} is neither current nor on trial")
 
 
-def give_up(state: State, sha256: str, reason: str, date: str) -> State:
-    """Take ``sha256`` out of every part it plays; if it is current, the one before it answers."""
-    pending, current, previous = state.pending, state.current, state.previous
-    changes: dict[str, object] = {}
-    release = None
-    if previous and previous.sha256 == sha256:
-        release, previous = previous, None
-        changes["previous"] = None
-    if current and current.sha256 == sha256:
-        release = current
-        changes |= {"current": previous, "previous": None}
-    if pending and pending.release.sha256 == sha256:
-        release = pending.release
+def damaged(state: State, sha256: str, reason: str, date: str) -> State:
+    """Give up a slot whose files are damaged, for the one before it if it is current.
+
+    A current slot without one before it stays: a part of it may still be read, and staging the
+    same bundle again mends it.
+    """
+    for release in _roles(state):
+        if release.sha256 == sha256 and (release != state.current or state.previous):
+            failure = Failure(release=release, reason=reason, date=date, damaged=True)
+            return _give_up(state, failure)
+    return state
+
+
+def _roles(state: State) -> list[Release]:
+    pending = state.pending.release if state.pending else None
+    return [release for release in (state.current, state.previous, pending) if release]
+
+
+def _give_up(state: State, failure: Failure) -> State:
+    """Take a slot out of every part it plays; if it is current, the one before it answers."""
+    given_up, previous = failure.release, state.previous
+    others = tuple(f for f in state.failures if f.release.sha256 != given_up.sha256)
+    changes: dict[str, object] = {"failures": (*others, failure)[-KEPT_FAILURES:]}
+    if state.pending and state.pending.release == given_up:
         changes["pending"] = None
-    if release is None:
-        return state
-    others = tuple(f for f in state.failures if f.release.sha256 != sha256)
-    failure = Failure(release=release, reason=reason, date=date)
-    return _next(state, failures=(*others, failure)[-KEPT_FAILURES:], **changes)
+    if given_up == previous:
+        changes["previous"] = None
+    if given_up == state.current:
+        changes |= {"current": previous, "previous": None}
+    return _next(state, **changes)
 
 
 def _next(state: State, **changes: object) -> State:

@@ -14,7 +14,9 @@ plays which part. Nothing a slot holds is changed once it has its name.
 import contextlib
 import datetime
 import errno
+import logging
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -24,16 +26,20 @@ from typing import NamedTuple
 import msgspec
 
 from runtime import atomic, slot_state
-from runtime.bundle import Bundle
+from runtime.bundle import MANIFEST, Bundle
 from runtime.errors import BundleError, UpdateError
 from runtime.private_files import Lock
 from runtime.slot_state import Refusal, Release, State
 
-STATE, RELEASE = "state.json", "release.json"
+_log = logging.getLogger(__name__)
+
+_STATE, _RELEASE = "state.json", "release.json"
 _MAX_STATE_BYTES = 1024 * 1024
 _BLOCK = 4096
 _SPARE_BYTES = 1024 * 1024
 """Left free by staging: the state must always find room."""
+_NAME = re.compile(r"[0-9a-f]{64}")
+_LEFTOVER = re.compile(rf"\.{_NAME.pattern}\..+")
 
 
 class Slot(NamedTuple):
@@ -67,10 +73,10 @@ class Status(NamedTuple):
     """What a device's slots are doing."""
 
     state: State
-    staged: tuple[str, ...]
-    """The SHA-256 of every slot, sorted."""
+    staged: tuple[Release, ...]
+    """What the slots hold that play no part, the lowest version first."""
     problems: tuple[str, ...]
-    """What ``recover`` would mend, a sentence each."""
+    """What ``recover`` would mend, a sentence each; bytes are not read for it."""
 
 
 def default_folder() -> Path:
@@ -113,22 +119,40 @@ class Slots:
     def status(self) -> Status:
         """The state as it is on disk, and what is wrong with it; changes nothing."""
         state, problems = self._read()
-        return Status(state, tuple(sorted(self._names())), tuple(problems))
+        found = {name: self._read_release(name) for name in sorted(self._names())}
+        unreadable = [why for why in found.values() if isinstance(why, str)]
+        missing = [f"slot {name[:12]} is missing" for name in sorted(state.in_use() - set(found))]
+        staged = [
+            release
+            for name, release in found.items()
+            if isinstance(release, Release) and name not in state.in_use()
+        ]
+        staged.sort(key=lambda release: slot_state.version_key(release.version))
+        return Status(state, tuple(staged), (*problems, *unreadable, *missing))
 
     def current(self) -> Slot | None:
         """The slot that answers, or None before the first commit."""
-        release = self.status().state.current
-        return self._slot(release) if release else None
-
-    def previous(self) -> Slot | None:
-        """The slot that answered before it, or None."""
-        release = self.status().state.previous
+        release = self._read()[0].current
         return self._slot(release) if release else None
 
     def pending(self) -> Slot | None:
         """The slot on trial, or None."""
-        pending = self.status().state.pending
+        pending = self._read()[0].pending
         return self._slot(pending.release) if pending else None
+
+    def find(self, start: str) -> str:
+        """The SHA-256 of the one slot whose SHA-256 begins with ``start``.
+
+        Raises UpdateError if there is none, or more than one.
+        """
+        found = sorted(name for name in self._names() if start and name.startswith(start))
+        if len(found) == 1:
+            return found[0]
+        have = ", ".join(name[:12] for name in sorted(self._names())) or "none"
+        raise UpdateError(
+            f"expected the beginning of one slot's SHA-256, got {start!r} ({len(found)} fit); "
+            f"slots here: {have}; put a bundle into one with fieldfit stage"
+        )
 
     # --- changing
 
@@ -139,11 +163,14 @@ class Slots:
             if self._depth:
                 yield
                 return
-            atomic.make_folder(self._slots)
-            lock = Lock.acquire(self.folder / "slots.lock", self._waiting)
+            with _says_what_it_needs(self.folder, _SPARE_BYTES):
+                atomic.make_folder(self._slots)
+                lock = Lock.acquire(self.folder / "slots.lock", self._waiting)
             self._depth += 1
             try:
                 self._sweep()
+                if not self._names() and not (self.folder / _STATE).exists():
+                    self._write(State())  # from now on, a missing state is damage
                 yield
             finally:
                 self._depth -= 1
@@ -153,24 +180,27 @@ class Slots:
         """Make good what damage left, at a start: a sentence for each thing that was done.
 
         Reads every byte of the slots in use. A damaged one is given up, and the one before it
-        answers; a damaged or missing state is rebuilt from its copy in the slots.
+        answers; a damaged or missing state is taken from its copy in the slots.
         """
         with self.lock():
-            state, done = self._read()
-            changed = bool(done)
-            for sha256 in sorted(state.in_use()):
+            before, done = self._read()
+            state = before
+            # The current one last: what it gives way to must be known to be whole.
+            current = {before.current.sha256} if before.current else set()
+            for sha256 in [*sorted(before.in_use() - current), *current]:
                 if reason := self._damage(sha256):
-                    state = slot_state.give_up(state, sha256, reason, self._now())
-                    changed = True
-                    done.append(f"slot {sha256[:12]} is given up: {reason}")
-            if changed:
+                    state = slot_state.damaged(state, sha256, reason, self._now())
+                    answers = f"{state.current} answers" if state.current else "none answers"
+                    done.append(f"{reason}; {answers}")
+            if state is not before or done:
                 self._write(state)
             return tuple(done)
 
     def stage(self, archive: Path, *, allow_lower: bool = False) -> Slot:
         """Verify the bundle at ``archive``, a zip or a folder, and put it into a slot of its own.
 
-        The slot is there whole or not at all; the same bundle again is the same slot.
+        The slot is there whole or not at all; the same bundle again is the same slot, mended if
+        it was damaged.
 
         Raises BundleError for anything wrong with the bundle, UpdateError for one that is older
         than the floor (unless ``allow_lower``) or that finds no room, with the bytes it needs.
@@ -184,14 +214,14 @@ class Slots:
         )
         slot = self._slot(release)
         with self.lock():
-            state = self._read()[0]
-            if refusal := slot_state.check_floor(state, release, allow_lower=allow_lower):
+            refusal = slot_state.check_floor(self._read()[0], release, allow_lower=allow_lower)
+            if refusal:
                 raise UpdateError(refusal.reason)
-            if self._damage(release.sha256) is None:
-                return slot
-            self._make_room(_needed(bundle))
-            with _says_what_it_needs(self.folder, _needed(bundle)):
-                self._write_slot(slot, bundle)
+            if self._damage(release.sha256):
+                needed = _needed(bundle)
+                self._make_room(needed)
+                with _says_what_it_needs(self.folder, needed):
+                    _write_slot(slot, bundle)
             return slot
 
     def activate(self, sha256: str, *, allow_lower: bool = False, again: bool = False) -> Slot:
@@ -201,7 +231,7 @@ class Slots:
         given up before and is not to be tried ``again``.
         """
         with self.lock():
-            release = self._release(sha256)
+            release = self._checked(sha256)
             self._step(
                 lambda state: slot_state.activate(
                     state, release, allow_lower=allow_lower, again=again
@@ -217,9 +247,14 @@ class Slots:
         with self.lock():
             pending = self._read()[0].pending
             if pending and (reason := self._damage(pending.release.sha256)):
-                self.rollback(reason, pending.release.sha256)
-            pending = self._step(lambda state: slot_state.begin_try(state, self._now())).pending
-            return self._slot(pending.release) if pending else None
+                self._step(
+                    lambda state: slot_state.damaged(
+                        state, pending.release.sha256, reason, self._now()
+                    )
+                )
+                return None
+            left = self._step(lambda state: slot_state.begin_try(state, self._now())).pending
+            return self._slot(left.release) if left else None
 
     def commit(self, sha256: str | None = None) -> Slot:
         """Make the slot on trial the current one, for good. With ``sha256`` that one or none.
@@ -245,9 +280,7 @@ class Slots:
         with self.lock():
             unused = sorted(self._names() - self._read()[0].in_use())
             for name in unused:
-                doomed = self._slots / f".{name}.doomed"  # half a slot must not look like one
-                (self._slots / name).rename(doomed)
-                shutil.rmtree(doomed)
+                atomic.remove_folder(self._slots / name)
             return tuple(unused)
 
     # --- files
@@ -260,40 +293,35 @@ class Slots:
                 raise UpdateError(after.reason)
             if after is not before or problems:
                 self._write(after)
+            for problem in problems:
+                _log.warning("%s", problem)
             return after
 
     def _read(self) -> tuple[State, list[str]]:
         """The state, and what was wrong with its file."""
-        found = _read_state(self.folder / STATE)
+        found = _read_state(self.folder / _STATE)
         if isinstance(found, State):
             return found, []
+        names = sorted(self._names())
+        if found is None and not names:
+            return State(), []
+        problem = f"{self.folder / _STATE}: {found or 'missing'}"
         copies = [
             state
-            for name in sorted(self._names())
-            if isinstance(state := _read_state(self._slots / name / STATE), State)
+            for name in names
+            if isinstance(state := _read_state(self._slots / name / _STATE), State)
         ]
-        if found is None and not self._names():
-            return State(), []
-        problem = f"{self.folder / STATE}: {found or 'missing'}"
         if not copies:
-            return State(), [f"{problem}; no slot was ever committed, so none is current"]
+            return State(), [f"{problem}; no slot has a copy of it, so none is current"]
         newest = max(copies, key=lambda state: state.generation)
-        return newest, [f"{problem}; taken from its copy in slot {newest.current}"]
+        return newest, [f"{problem}; taken from its copy in the slot of {newest.current}"]
 
     def _write(self, state: State) -> None:
         data = slot_state.encode(state)
         with _says_what_it_needs(self.folder, 2 * _BLOCK):
-            atomic.write_bytes(self.folder / STATE, data)
-            if state.current and self._slot(state.current).folder.is_dir():
-                atomic.write_bytes(self._slot(state.current).folder / STATE, data)
-
-    def _write_slot(self, slot: Slot, bundle: Bundle) -> None:
-        with atomic.replacing_folder(slot.folder) as temporary:
-            (temporary / RELEASE).write_bytes(msgspec.json.encode(slot.release))
-            (temporary / "engines").mkdir(mode=0o700)
-            (temporary / "bundle").mkdir()
-            for name in bundle.names():
-                (temporary / "bundle" / name).write_bytes(bundle.read(name))
+            atomic.write_bytes(self.folder / _STATE, data)
+            if state.current and (folder := self._slot(state.current).folder).is_dir():
+                atomic.write_bytes(folder / _STATE, data)
 
     def _slot(self, release: Release) -> Slot:
         return Slot(release, self._slots / release.sha256)
@@ -301,28 +329,40 @@ class Slots:
     def _names(self) -> set[str]:
         """The slots on disk; what has a dot in front is none yet, or none any more."""
         try:
-            return {entry.name for entry in self._slots.iterdir() if entry.name[0] != "."}
+            return {entry.name for entry in self._slots.iterdir() if _NAME.fullmatch(entry.name)}
         except FileNotFoundError:
             return set()
 
-    def _release(self, sha256: str) -> Release:
-        """What slot ``sha256`` holds, every byte of it checked."""
-        folder = self._slots / sha256
+    def _read_release(self, sha256: str) -> Release | str:
+        """What slot ``sha256`` says that it holds, or why it cannot be told."""
+        try:
+            data = (self._slots / sha256 / _RELEASE).read_bytes()
+            return msgspec.json.decode(data, type=Release)
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+            return f"slot {sha256[:12]} is damaged: {error}"
+
+    def _checked(self, sha256: str) -> Release:
+        """What slot ``sha256`` holds, every byte of it checked.
+
+        Raises UpdateError if it is not there, or not whole.
+        """
         if sha256 not in self._names():
             raise UpdateError(f"no slot {sha256[:12]}; put a bundle into one with fieldfit stage")
+        release = self._read_release(sha256)
+        if isinstance(release, str):
+            raise UpdateError(f"{release}; stage it again")
         try:
-            release = msgspec.json.decode((folder / RELEASE).read_bytes(), type=Release)
-            manifest = Bundle.open(folder / "bundle").manifest
-        except (BundleError, OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+            manifest = Bundle.open(self._slots / sha256 / "bundle").manifest
+        except BundleError as error:
             raise UpdateError(f"slot {sha256[:12]} is damaged: {error}; stage it again") from error
         if (release.sha256, release.manifest) != (sha256, manifest.digest):
-            raise UpdateError(f"slot {sha256[:12]} is damaged: it holds another bundle")
+            raise UpdateError(f"slot {sha256[:12]} holds another bundle; stage it again")
         return release
 
     def _damage(self, sha256: str) -> str | None:
         """What is wrong with slot ``sha256``, or None."""
         try:
-            self._release(sha256)
+            self._checked(sha256)
         except UpdateError as error:
             return str(error)
         return None
@@ -330,16 +370,26 @@ class Slots:
     def _sweep(self) -> None:
         """Remove what a crash left half done; only the lock's holder may."""
         for entry in self._slots.iterdir():
-            if entry.name.startswith("."):
+            if _LEFTOVER.fullmatch(entry.name):
                 shutil.rmtree(entry)
-        for entry in self.folder.glob(f".{STATE}.*"):
-            entry.unlink()
+        for folder in (self.folder, *(self._slots / name for name in self._names())):
+            for entry in folder.glob(f".{_STATE}.*"):
+                entry.unlink()
 
     def _make_room(self, needed: int) -> None:
-        if shutil.disk_usage(self.folder).free < needed:
+        if _free(self.folder) < needed:
             self.collect()
-        if (free := shutil.disk_usage(self.folder).free) < needed:
+        if (free := _free(self.folder)) < needed:
             raise UpdateError(_no_room(self.folder, needed, free))
+
+
+def _write_slot(slot: Slot, bundle: Bundle) -> None:
+    with atomic.replacing_folder(slot.folder) as temporary:
+        (temporary / _RELEASE).write_bytes(msgspec.json.encode(slot.release))
+        (temporary / "engines").mkdir(mode=0o700)
+        (temporary / "bundle").mkdir()
+        for name in bundle.names():
+            (temporary / "bundle" / name).write_bytes(bundle.read(name))
 
 
 def _read_state(path: Path) -> State | str | None:
@@ -353,15 +403,8 @@ def _read_state(path: Path) -> State | str | None:
 
 def _needed(bundle: Bundle) -> int:
     """Bytes of disk that a slot of ``bundle`` takes, with what is to stay free."""
-    sizes = [len(bundle.read(name)) for name in bundle.names()]
+    sizes = [len(bundle.read(MANIFEST)), *(entry.size for entry in bundle.manifest.files)]
     return sum(-(-size // _BLOCK) * _BLOCK for size in sizes) + _SPARE_BYTES
-
-
-def _no_room(folder: Path, needed: int, free: int) -> str:
-    return (
-        f"{folder}: no room: expected {needed:,} bytes, got {free:,}; nothing was changed, make "
-        "room and run the same command again"
-    )
 
 
 @contextlib.contextmanager
@@ -371,5 +414,17 @@ def _says_what_it_needs(folder: Path, needed: int) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        free = shutil.disk_usage(folder).free
-        raise UpdateError(_no_room(folder, needed, free)) from error
+        raise UpdateError(_no_room(folder, needed, _free(folder))) from error
+
+
+def _no_room(folder: Path, needed: int, free: int) -> str:
+    return (
+        f"{folder}: no room: expected {needed:,} bytes free, got {free:,}; what answers is "
+        "untouched; make room and run the same command again"
+    )
+
+
+def _free(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

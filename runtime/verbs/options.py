@@ -1,6 +1,7 @@
 """How verbs explain themselves, and the options that several of them share."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
@@ -8,6 +9,7 @@ from typing import get_args
 from runtime.candidates import EngineName, Request
 from runtime.engines.plan_cache import PlanCache
 from runtime.manifest import Minimum
+from runtime.slots import Slots, default_folder
 
 
 def add_verb(
@@ -72,6 +74,27 @@ def request(options: argparse.Namespace) -> Request:
 def cache(options: argparse.Namespace) -> PlanCache:
     """Where plans are kept."""
     return PlanCache(options.cache) if options.cache else PlanCache.default()
+
+
+def add_state_option(parser: argparse.ArgumentParser) -> None:
+    """Where this device keeps its slots; ``slots`` reads it."""
+    parser.add_argument(
+        "--state",
+        type=Path,
+        metavar="FOLDER",
+        help="where the slots are; default $FIELDFIT_STATE, else /var/lib/fieldfit for root and "
+        "~/.local/state/fieldfit for others",
+    )
+
+
+def slots(options: argparse.Namespace) -> Slots:
+    """The device's slots; it says when it waits for another command."""
+    return Slots(options.state or default_folder(), waiting=_say_waiting)
+
+
+def _say_waiting(pid: int | None) -> None:
+    other = f"process {pid}" if pid else "another command"
+    print(f"fieldfit: waiting for {other}, which works on the slots", file=sys.stderr)
 
 
 def positive(text: str) -> int:
