@@ -19,7 +19,7 @@ from runtime.errors import FleetError
 from runtime.identity import Device, Identity
 from runtime.machine import Machine
 from runtime.manifest import Manifest, Minimum, Sha256
-from runtime.slot_state import State
+from runtime.slot_state import Release, State
 from runtime.slots import Slots
 from runtime.status_document import (
     MAX_STATUS_BYTES,
@@ -162,16 +162,8 @@ def describe(
             sequence=max(last + 1, int(here.time.timestamp())),
         ),
         machine=_machine(here),
-        bundle=current
-        and BundleStatus(
-            name=clipped(current.name),
-            version=clipped(current.version),
-            sha256=current.sha256,
-            since=_since(current.sha256, previous, here),
-        ),
-        engine=engine.engine
-        if engine and current and engine.manifest == current.manifest
-        else None,
+        bundle=_bundle(current, previous, here) if current else None,
+        engine=_engine(engine, current),
         slots=_slots(slots),
         update=UpdateStatus(
             expires=dict(expires),
@@ -203,24 +195,39 @@ class _Metadata(msgspec.Struct):
     signed: _Signed
 
 
+def _bundle(current: Release, previous: Status | None, here: Machine) -> BundleStatus:
+    return BundleStatus(
+        name=clipped(current.name),
+        version=clipped(current.version),
+        sha256=current.sha256,
+        since=_since(current.sha256, previous, here),
+    )
+
+
 def _since(sha256: str, previous: Status | None, here: Machine) -> datetime.datetime | None:
-    if not here.clock_synchronised:
-        return None
+    """Since when this bundle is reported; it starts when the clock can be believed."""
     before = previous.bundle if previous else None
-    if before and before.sha256 == sha256 and before.since and before.since <= here.time:
-        return before.since
-    return here.time
+    if before and before.sha256 == sha256 and before.since:
+        return min(before.since, here.time) if here.clock_synchronised else before.since
+    return here.time if here.clock_synchronised else None
+
+
+def _engine(record: EngineRecord | None, current: Release | None) -> EngineStatus | None:
+    """What was written down, if it is about the bundle that answers."""
+    same = record and current and record.manifest == current.manifest
+    return record.engine if record and same else None
 
 
 def _slots(state: State) -> SlotStatus:
-    pending, failures = state.pending, state.failures
-    failure = failures[-1] if failures else None
+    pending = state.pending
+    failure = state.failures[-1] if state.failures else None
     return SlotStatus(
-        previous=state.previous and state.previous.sha256,
-        pending=pending and pending.release.sha256,
-        tries_left=pending and pending.tries,
-        failure=failure and clipped(f"{failure.release}: {failure.reason}"),
-        failed=failure and datetime.datetime.fromisoformat(failure.date),
+        previous=state.previous.sha256 if state.previous else None,
+        pending=pending.release.sha256 if pending else None,
+        tries_left=pending.tries if pending else None,
+        gave_up=failure.release.sha256 if failure else None,
+        failure=clipped(f"{failure.release}: {failure.reason}") if failure else None,
+        failed=datetime.datetime.fromisoformat(failure.date) if failure else None,
     )
 
 

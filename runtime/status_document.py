@@ -71,8 +71,10 @@ class SlotStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     previous: Sha256 | None = None
     pending: Sha256 | None = None
     tries_left: Count | None = None
+    gave_up: Sha256 | None = None
+    """The slot that was given up last, as long as the device keeps it in mind."""
     failure: Text | None = None
-    """The newest slot that was given up, and why, as long as the device keeps it in mind."""
+    """Its name, and why."""
     failed: Time | None = None
     """When that was."""
 
