@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 
 from runtime.command import run_command
-from runtime.verbs import benchmark, build, classify, doctor, stage, status, verify
+from runtime.verbs import benchmark, build, classify, doctor, fleet, stage, status, verify
 from runtime.version import __version__
 
 
@@ -30,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fieldfit {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for verb in (classify, build, verify, doctor, benchmark, stage, status):
+    for verb in (classify, build, verify, doctor, benchmark, stage, status, fleet):
         verb.add(verbs)
     return parser
 
