@@ -30,6 +30,8 @@ class Options(NamedTuple):
     bundle: Path
     quick: bool = False
     """A few seconds instead of a minute or two: shows that it runs, proves nothing."""
+    cuts: int | None = None
+    """How often power_cuts cuts; None is its own choice."""
 
 
 class Clocks(NamedTuple):

@@ -15,6 +15,7 @@ from types import ModuleType
 import benchmarks
 from benchmarks import harness
 from runtime.command import run_command
+from runtime.verbs.options import positive
 
 BUNDLE = Path("build") / "solar" / "bundle"
 OF_A_BUNDLE = "calibration", "inference", "openvino", "quantization"
@@ -58,6 +59,7 @@ def _parser(modules: dict[str, ModuleType]) -> argparse.ArgumentParser:
     parser.add_argument(
         "--bundle", type=Path, default=BUNDLE, metavar="PATH", help=f"default {BUNDLE}"
     )
+    parser.add_argument("--cuts", type=positive, metavar="N", help="power_cuts: how many")
     parser.add_argument(
         "--quick", action="store_true", help="a few seconds: print the tables, write nothing"
     )
@@ -65,7 +67,7 @@ def _parser(modules: dict[str, ModuleType]) -> argparse.ArgumentParser:
 
 
 def _run(modules: dict[str, ModuleType], options: argparse.Namespace) -> int:
-    chosen = harness.Options(bundle=options.bundle, quick=options.quick)
+    chosen = harness.Options(bundle=options.bundle, quick=options.quick, cuts=options.cuts)
     for name, module in modules.items():
         print(f"benchmarks: {name} ...", file=sys.stderr)
         measure = functools.partial(module.measure, chosen)
@@ -83,6 +85,8 @@ def _command(name: str, options: argparse.Namespace) -> str:
         # Figures are published: where a bundle lies on this disk is nobody's business.
         shown = options.bundle.name if options.bundle.is_absolute() else options.bundle
         command += f" --bundle {shown}"
+    if options.cuts and name == "power_cuts":
+        command += f" --cuts {options.cuts}"
     return command + (" --quick" if options.quick else "")
 
 

@@ -1,4 +1,4 @@
-"""Bundles of a few kilobytes for tests of how bundles travel: whole and verified, but no models."""
+"""Bundles of a few kilobytes, to measure and test how bundles travel: whole, but no models."""
 
 import hashlib
 import io
