@@ -10,7 +10,19 @@ import sys
 from collections.abc import Callable
 
 from runtime.command import run_command
-from runtime.verbs import benchmark, build, classify, doctor, fleet, stage, status, verify
+from runtime.verbs import (
+    activate,
+    benchmark,
+    build,
+    classify,
+    commit,
+    doctor,
+    fleet,
+    rollback,
+    stage,
+    status,
+    verify,
+)
 from runtime.version import __version__
 
 
@@ -30,7 +42,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fieldfit {__version__}")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for verb in (classify, build, verify, doctor, benchmark, stage, status, fleet):
+    for verb in (
+        classify,
+        build,
+        verify,
+        doctor,
+        benchmark,
+        stage,
+        activate,
+        commit,
+        rollback,
+        status,
+        fleet,
+    ):
         verb.add(verbs)
     return parser
 

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -71,11 +72,12 @@ def prove(
     request: Request | None = None,
     deadline_s: float = DEADLINE_S,
     seconds: float = SECONDS,
+    started: Callable[["subprocess.Popen[bytes]"], object] = lambda process: None,
 ) -> Proof:
     """Open ``slot`` in a process of its own, replay its golden samples, time it, and judge.
 
     ``beside`` is the slot that answers now, for its labels and its speed. Every way to fail is a
-    reason: nothing that the bundle does raises.
+    reason: nothing that the bundle does raises. ``started`` is given the process; it may be killed.
     """
     limits, request = limits or Limits(), request or Request()
     task = Task(
@@ -90,7 +92,7 @@ def prove(
         seconds=seconds,
     )
     start = time.monotonic()
-    outcome = _run(task, deadline_s)
+    outcome = _run(task, deadline_s, started)
     took = time.monotonic() - start
     if isinstance(outcome, Refused):
         return Proof(False, outcome.reason, outcome.fault, None, took)
@@ -158,23 +160,27 @@ def _place(slot: Slot) -> Place:
     return Place(str(slot.bundle), str(slot.engines))
 
 
-def _run(task: Task, deadline_s: float) -> Findings | Refused:
+def _run(
+    task: Task, deadline_s: float, started: Callable[["subprocess.Popen[bytes]"], object]
+) -> Findings | Refused:
     # This package, whatever lies in the current folder (PYTHONSAFEPATH: Python 3.11 and newer).
     places = [str(Path(runtime.__file__).parent.parent), os.environ.get("PYTHONPATH")]
     path = os.pathsep.join(filter(None, places))
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "runtime.proof"],
-            input=msgspec.json.encode(task),
-            capture_output=True,
-            timeout=deadline_s,
-            env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, "-m", "runtime.proof"], stdin=pipe, stdout=pipe, stderr=pipe,
+        env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
+    ) as process:  # fmt: skip
+        started(process)
+        try:
+            answer, said = process.communicate(msgspec.json.encode(task), timeout=deadline_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            reason = f"no answer within {deadline_s:g} s: it hangs, or is far too slow"
+            return Refused(fault="no answer in time", reason=reason)
+    if process.returncode:
+        fault: ProofFault = "crashed" if process.returncode < 0 else "failed"
+        return Refused(
+            fault=fault, reason=failure(process.returncode, said.decode(errors="replace"))
         )
-    except subprocess.TimeoutExpired:
-        reason = f"no answer within {deadline_s:g} s: it hangs, or is far too slow"
-        return Refused(fault="no answer in time", reason=reason)
-    if done.returncode:
-        fault: ProofFault = "crashed" if done.returncode < 0 else "failed"
-        said = done.stderr.decode(errors="replace")
-        return Refused(fault=fault, reason=failure(done.returncode, said))
-    return msgspec.json.decode(done.stdout, type=Findings | Refused)
+    return msgspec.json.decode(answer, type=Findings | Refused)

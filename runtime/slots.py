@@ -2,12 +2,13 @@
 
 It knows no engine and no network, and decides nothing: ``runtime.slot_state`` does. Each bundle
 lies in a slot named by its zip's SHA-256; one small file, replaced as a whole, says which slot
-plays which part. Nothing a slot holds is changed once it has its name.
+plays which part. A slot's bundle is not changed once it has its name.
 
     state.json                    the state
     slots/SHA256/bundle/          the verified bundle
     slots/SHA256/release.json     its name, version and digests
     slots/SHA256/engines/         engines that this device built from it
+    slots/SHA256/limits.json      what it must keep to, where more than the default was asked
     slots/SHA256/state.json       the state's second copy, in the slot that is current
 """
 
@@ -116,6 +117,11 @@ class Slots:
 
     # --- reading
 
+    @property
+    def state_file(self) -> Path:
+        """Replaced with every change, so that a look at its inode tells of one."""
+        return self.folder / _STATE
+
     def status(self) -> Status:
         """The state as it is on disk, and what is wrong with it; changes nothing."""
         state, problems = self._read()
@@ -133,6 +139,11 @@ class Slots:
     def current(self) -> Slot | None:
         """The slot that answers, or None before the first commit."""
         release = self._read()[0].current
+        return self._slot(release) if release else None
+
+    def previous(self) -> Slot | None:
+        """The slot that answered before it, or None."""
+        release = self._read()[0].previous
         return self._slot(release) if release else None
 
     def pending(self) -> Slot | None:
