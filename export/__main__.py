@@ -1,7 +1,8 @@
 """``python -m export RECIPE``: prove a trained model in every precision and write its bundle.
 
 Leaves ``build/NAME/bundle/``, ``NAME-VERSION.zip``, ``release.json`` and ``samples/``.
-``python -m export gate BUNDLE`` judges a bundle again, from it and the images alone.
+``python -m export gate BUNDLE`` judges a bundle again, from it and the images alone. ``publish``,
+``promote``, ``rollback``, ``refresh`` and ``keys`` bring bundles to devices.
 """
 
 import argparse
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 
 GATE = "gate"
+KEYS = "keys"
+PUBLISHING = ("publish", "promote", "rollback", "refresh", KEYS)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,6 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if words[:1] == [GATE]:
         return _gate(words[1:])
+    if words and words[0] in PUBLISHING:
+        return _publishing(words[0], words[1:])
     parser = argparse.ArgumentParser(
         prog="python -m export",
         description="Export a trained model to ONNX, FP16 and INT8, judge each form on held-out "
@@ -35,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         "and write what passed as a bundle. If no INT8 form that was asked for passes on an "
         "engine, the exit code is 1 and an earlier bundle stays as it was.",
         epilog="Examples: python -m export train/recipes/solar.toml; judge a bundle again: python "
-        "-m export gate build/solar/bundle",
+        "-m export gate build/solar/bundle; bring it to devices: python -m export "
+        "keys|publish|promote|rollback|refresh --help",
     )
     parser.add_argument("recipe", type=Path, help="the TOML file that was trained")
     parser.add_argument("--json", action="store_true", help="print release.json at the end")
@@ -69,6 +75,20 @@ def _gate(words: list[str]) -> int:
     add_arguments(parser)
     options = parser.parse_args(words)
     return run_command("export", lambda: run(options))
+
+
+def _publishing(verb: str, words: list[str]) -> int:
+    try:
+        from export.publish import commands, keys_commands
+    except ModuleNotFoundError as error:
+        print(
+            f"export: {verb} needs {error.name}; pip install 'fieldfit[publish]'", file=sys.stderr
+        )
+        return 1
+    run, options = keys_commands.parse(words) if verb == KEYS else commands.parse(verb, words)
+    return run_command(
+        "export", lambda: run(options), interrupted="interrupted; run the same command again"
+    )
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -75,6 +75,12 @@ class File(NamedTuple):
         """A file with this content."""
         return cls(path, data, len(data), hashlib.sha256(data).hexdigest())
 
+    @classmethod
+    def copy_of(cls, source: Path, path: str) -> "File":
+        """A copy of the file ``source``."""
+        with source.open("rb") as file:
+            return cls(path, source, source.stat().st_size, _sha256(file))
+
 
 class Repository:
     """The newest metadata in a folder, every signature and digest verified."""
@@ -94,17 +100,20 @@ class Repository:
         self.timestamp = timestamp
 
     @classmethod
-    def read(cls, folder: Path) -> "Repository":
+    def read(cls, folder: Path, following: Root | None = None) -> "Repository":
         """Read ``folder``. Expired metadata is read, too: it is there to be renewed.
+
+        ``following`` is a root that is about to be put into force: what it verifies counts, too,
+        so that an interrupted change of keys can be made again.
 
         Raises ExportError if it is no repository, holds foreign files, or is damaged.
         """
         check_files(folder)
         roots = _read_roots(folder)
-        root = roots[-1].signed
-        targets = _read_newest(folder, root, Targets)
-        snapshot = _read_newest(folder, root, Snapshot)
-        timestamp = _read(folder, TIMESTAMP, Timestamp, root)
+        judges = [roots[-1].signed, *([following] if following else [])]
+        targets = _read_newest(folder, judges, Targets)
+        snapshot = _read_newest(folder, judges, Snapshot)
+        timestamp = _read(folder, TIMESTAMP, Timestamp, judges)
         if snapshot.signed.meta["targets.json"].version > targets.signed.version:
             raise ExportError(
                 f"{folder}: targets.json of version {snapshot.signed.meta['targets.json'].version} "
@@ -374,8 +383,7 @@ def _read_roots(folder: Path) -> list[Metadata[Root]]:
     roots: list[Metadata[Root]] = []
     for version in range(1, versions[-1] + 1):
         path = f"{METADATA}/{version}.root.json"
-        judge = roots[-1].signed if roots else None
-        root = _read(folder, path, Root, judge)
+        root = _read(folder, path, Root, [roots[-1].signed] if roots else [])
         with _damage(folder / path):
             root.verify_delegate(Root.type, root)
         if root.signed.version != version:
@@ -384,23 +392,31 @@ def _read_roots(folder: Path) -> list[Metadata[Root]]:
     return roots
 
 
-def _read_newest(folder: Path, root: Root, kind: type[S]) -> Metadata[S]:
+def _read_newest(folder: Path, judges: Sequence[Root], kind: type[S]) -> Metadata[S]:
     versions = _versions(folder, kind.type)
     if not versions:
         raise ExportError(
             f"{folder}: has no {kind.type}.json; restore it from another copy of the repository"
         )
-    return _read(folder, f"{METADATA}/{versions[-1]}.{kind.type}.json", kind, root)
+    return _read(folder, f"{METADATA}/{versions[-1]}.{kind.type}.json", kind, judges)
 
 
-def _read(folder: Path, path: str, kind: type[S], judge: Root | None) -> Metadata[S]:
+def _read(folder: Path, path: str, kind: type[S], judges: Sequence[Root]) -> Metadata[S]:
     with _damage(folder / path):
         metadata: Metadata[Any] = Metadata.from_bytes((folder / path).read_bytes())
         if not isinstance(metadata.signed, kind):
             raise RepositoryError(f"holds {metadata.signed.type}")
-        if judge is not None:
-            judge.verify_delegate(kind.type, metadata.signed_bytes, metadata.signatures)
+        if judges and not any(_verifies(judge, metadata) for judge in judges):
+            judges[0].verify_delegate(kind.type, metadata.signed_bytes, metadata.signatures)
     return metadata
+
+
+def _verifies(judge: Root, metadata: Metadata[Any]) -> bool:
+    return bool(
+        judge.get_verification_result(
+            metadata.signed.type, metadata.signed_bytes, metadata.signatures
+        )
+    )
 
 
 @contextlib.contextmanager
