@@ -60,6 +60,9 @@ from train.record import finished, training_key
 SAMPLES = 6
 """Held-out images copied to ``samples/`` for `make run`."""
 
+TIMED_SECONDS = 4.0
+"""How long the forms of a CPU are timed against each other."""
+
 RANGED = 32
 """Held-out images on which activations are held against what half can hold."""
 
@@ -174,7 +177,9 @@ class _Job:
         atomic.write_bytes(folder / "fp32.onnx", graph.SerializeToString())
         done = calibrate(
             graph, candidates, self.dataset.classes, recipe.input, recipe.calibration,
-            seed=recipe.seed, folder=folder, track=lambda items: console.track(items, name),
+            seed=recipe.seed, folder=folder,
+            target=self.dataset.select(self.dataset.field, "validation"),
+            track=lambda items: console.track(items, name),
         )  # fmt: skip
         console.say(
             f"{name}: {done.table.images} of {len(candidates)} {self.dataset.field} training "
@@ -257,7 +262,7 @@ class _Job:
             OnnxRuntimeEngine(self.files[f"{form}.onnx"], form=form, threads=1) for form in forms
         ]
         with console.console.status("timing fp32 against int8-cpu"):
-            timings = interleave(engines, np.asarray(self.test.images[:1]), seconds=4.0)
+            timings = interleave(engines, np.asarray(self.test.images[:1]), seconds=TIMED_SECONDS)
         speeds = {timing.form: timing.relative_speed for timing in timings}
         self.reports = [
             msgspec.structs.replace(report, relative_speed=speeds.get(report.form))

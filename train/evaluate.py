@@ -140,7 +140,8 @@ def sweep(model: ImageClassifier, material: Material, label: str) -> SweptFeatur
     degraded = {}
     for name in console.track(list(DEGRADATIONS), f"{label}: degraded twins"):
         at = [_degraded(images, name, severity, rows, device) for severity in SEVERITIES]
-        degraded[name] = np.stack([compute_features(model, twin, device) for twin in at])
+        features = compute_features(model, np.concatenate(at), device)
+        degraded[name] = features.reshape(len(SEVERITIES), len(rows), -1)
     model.to("cpu")
     return SweptFeatures(clean, degraded)
 
