@@ -7,19 +7,19 @@ no network, no disk and no signatures.
 import datetime
 import hashlib
 import re
-from collections.abc import Mapping
 from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 
 from runtime.errors import UpdateError
 from runtime.manifest import Sha256
+from runtime.slot_state import State, version_key
 
 MAX_CHANNEL_BYTES = 64 * 1024
 
-_VERSION = re.compile(r"([0-9]+(?:\.[0-9]+)*)(.*)\Z", re.DOTALL)
-
-Action = Literal["nothing new", "not in cohort", "pending", "failed here before", "fetch"]
+Action = Literal[
+    "nothing new", "withdraw", "pending", "failed here before", "not in cohort", "fetch"
+]
 
 
 class Offer(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,21 +47,6 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 FORMAT = 1
-
-
-class Known(NamedTuple):
-    """What a device knows when it is offered something."""
-
-    current: str | None
-    """Digest of the bundle that it runs."""
-    pending: str | None
-    """Digest of one that is staged and not proven yet."""
-    failed: Mapping[str, str]
-    """Digests of bundles that did not prove themselves here, and why."""
-    highest: str | None
-    """Version that no bundle of this name may be below."""
-    only_higher: bool = False
-    """The clock cannot be right: nothing but a higher version shows that an offer is new."""
 
 
 class Decision(NamedTuple):
@@ -108,23 +93,6 @@ def channel_path(channel: str) -> str:
     return f"channels/{channel}.json"
 
 
-def version_order(version: str) -> tuple[tuple[int, ...], bool, str]:
-    """Versions sort by this: by their numbers, ``1.0`` as ``1.0.0``, ``1.0rc1`` before ``1.0``."""
-    match = _VERSION.match(version)
-    if match is None:
-        raise UpdateError(f"expected a version that starts with a number, got {version!r}")
-    numbers = [int(part) for part in match[1].split(".")]
-    while numbers and numbers[-1] == 0:
-        numbers.pop()
-    return tuple(numbers), match[2] == "", match[2]
-
-
-def higher(one: str | None, other: str | None) -> str | None:
-    """The higher of two versions; None is below all."""
-    known = [version for version in (one, other) if version is not None]
-    return max(known, key=version_order, default=None)
-
-
 def in_cohort(device: str, sha256: str, percentage: int) -> bool:
     """Whether ``device`` is among the first ``percentage`` of 100 that may have bundle ``sha256``.
 
@@ -135,22 +103,29 @@ def in_cohort(device: str, sha256: str, percentage: int) -> bool:
     return int.from_bytes(place, "big") % 100 < percentage
 
 
-def decide(offer: Offer, known: Known, device: str) -> Decision:
-    """What ``device`` should do about ``offer``.
+def decide(offer: Offer, state: State, *, floor: str, only_higher: bool, device: str) -> Decision:
+    """What ``device``, whose slots are in ``state``, should do about ``offer``.
+
+    ``floor`` is the version below which nothing goes, or empty. ``only_higher`` says that the clock
+    cannot be right: nothing but a higher version shows then that an offer is new.
 
     Raises UpdateError for an offer that no honest publisher makes, or only by mistake.
     """
     what = f"{offer.name} {offer.version}"
-    if offer.sha256 == known.current:
+    if state.current and state.current.sha256 == offer.sha256:
+        if state.pending:
+            return Decision(
+                "withdraw", f"{what} is what this device runs; {state.pending.release} is given up"
+            )
         return Decision("nothing new", f"{what} is what this device runs")
-    if offer.sha256 == known.pending:
-        return Decision("pending", f"{what} is staged already and has to prove itself next")
-    if offer.sha256 in known.failed:
+    if state.pending and state.pending.release.sha256 == offer.sha256:
+        return Decision("pending", f"{what} is staged already, and has to prove itself next")
+    if failure := state.failure(offer.sha256):
         return Decision(
             "failed here before",
-            f"{what} has failed on this device: {known.failed[offer.sha256]}; publish another one",
+            f"{what} was given up on this device: {failure.reason}; publish another one",
         )
-    _check_version(offer, known)
+    _check_version(offer, floor, only_higher=only_higher)
     if not in_cohort(device, offer.sha256, offer.percentage):
         return Decision(
             "not in cohort",
@@ -159,22 +134,16 @@ def decide(offer: Offer, known: Known, device: str) -> Decision:
     return Decision("fetch", f"{what} is new")
 
 
-def _check_version(offer: Offer, known: Known) -> None:
-    if known.highest is None:
-        if known.only_higher:
-            raise UpdateError(
-                "the clock of this device is behind, and without a version to compare with "
-                f"nothing shows that {offer.name} {offer.version} is new; set the clock"
-            )
+def _check_version(offer: Offer, floor: str, *, only_higher: bool) -> None:
+    if not floor:
         return
-    offered, floor = version_order(offer.version), version_order(known.highest)
-    if known.only_higher and offered <= floor:
+    if only_higher and version_key(offer.version) <= version_key(floor):
         raise UpdateError(
-            f"the clock of this device is behind, so that only a version above {known.highest} is "
-            f"taken, got {offer.version}; set the clock"
+            f"the clock of this device is behind, so that only a version above {floor} is taken, "
+            f"got {offer.version}; set the clock"
         )
-    if offered < floor and not offer.allow_lower:
+    if version_key(offer.version) < version_key(floor) and not offer.allow_lower:
         raise UpdateError(
-            f"expected {offer.name} {known.highest} or newer, which this device has had, got "
+            f"expected {offer.name} {floor} or newer, since this device has had that, got "
             f"{offer.version}; if going back is meant, publish it as a rollback"
         )

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import msgspec
 
 from runtime import atomic
-from runtime.channel import higher
 from runtime.errors import UpdateError
+from runtime.slot_state import version_key
 
 RELEASED = datetime.datetime(2026, 11, 25, tzinfo=datetime.timezone.utc)
 """When this fieldfit was made, or a little before: no honest clock is behind it."""
@@ -43,8 +43,8 @@ class Floor(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     time: int = 0
     """Seconds since 1970, UTC: the last time at which all was well, or a date that was signed."""
-    versions: dict[str, str] = {}
-    """The highest version of each bundle, by its name."""
+    version: str = ""
+    """The highest version ever committed here."""
     metadata: dict[str, Seen] = {}
     """By the digest of the root that a device was given to trust."""
 
@@ -65,14 +65,15 @@ class Clock(NamedTuple):
 
 def merge(one: Floor, other: Floor) -> Floor:
     """The higher of both, in every respect."""
-    versions = dict(one.versions)
-    for name, version in other.versions.items():
-        versions[name] = higher(versions.get(name), version) or version
     metadata = dict(one.metadata)
     for trust, seen in other.metadata.items():
         had = metadata.get(trust, Seen())
         metadata[trust] = Seen(max(had.root, seen.root), max(had.targets, seen.targets))
-    return Floor(time=max(one.time, other.time), versions=versions, metadata=metadata)
+    return Floor(
+        time=max(one.time, other.time),
+        version=max(one.version, other.version, key=version_key),
+        metadata=metadata,
+    )
 
 
 def judge_clock(now: datetime.datetime, floor: Floor) -> Clock:

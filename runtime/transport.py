@@ -275,10 +275,10 @@ def _said(error: Exception) -> str:
         return "no such host, or no network"
     if isinstance(reason, urllib3.exceptions.SSLError):
         return f"no trusted certificate ({reason}); a captive portal, or a wrong clock"
-    if isinstance(reason, urllib3.exceptions.TimeoutError):
-        return "no answer in time"
     if isinstance(reason, urllib3.exceptions.NewConnectionError):
         return "no connection; is the network there, and the server up?"
+    if isinstance(reason, urllib3.exceptions.TimeoutError):
+        return "no answer in time"
     if isinstance(error, urllib3.exceptions.ProtocolError):
         return "the connection was cut; the next update goes on there"
     return " ".join(str(reason).split())
