@@ -22,6 +22,7 @@ from runtime.manifest import Manifest, Minimum, Sha256
 from runtime.slot_state import Release, State
 from runtime.slots import Slots
 from runtime.status_document import (
+    FORMAT,
     MAX_STATUS_BYTES,
     BundleStatus,
     Drift,
@@ -151,6 +152,7 @@ def describe(
     # A clock that was set back must not make this look like an old document.
     last = previous.moment.sequence if previous else 0
     return Status(
+        format=FORMAT,
         device=device.id,
         name=device.name,
         fieldfit=__version__,

@@ -33,7 +33,9 @@ Time = Annotated[datetime.datetime, msgspec.Meta(tz=True)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 
 
-class BundleStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class BundleStatus(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True
+):
     """The bundle that answers."""
 
     name: Text
@@ -44,7 +46,9 @@ class BundleStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """Of the first report with it, which came after its commit; None by a clock of no worth."""
 
 
-class PassedOver(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class PassedOver(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True
+):
     """A candidate engine that could not be had, and why."""
 
     candidate: Text
@@ -53,7 +57,9 @@ class PassedOver(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     reason: Text
 
 
-class EngineStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class EngineStatus(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True
+):
     """What runs the bundle."""
 
     name: Text
@@ -65,7 +71,9 @@ class EngineStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     passed_over: Annotated[tuple[PassedOver, ...], msgspec.Meta(max_length=32)] = ()
 
 
-class SlotStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class SlotStatus(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True
+):
     """The slots beside the one that answers."""
 
     previous: Sha256 | None = None
@@ -79,7 +87,9 @@ class SlotStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     """When that was."""
 
 
-class UpdateStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class UpdateStatus(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True
+):
     """What the device knows of its repository."""
 
     expires: dict[Text, Time] = {}
@@ -93,7 +103,9 @@ class UpdateStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """A clock that is behind this is wrong."""
 
 
-class MachineStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class MachineStatus(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True
+):
     """The machine as it is at this moment; what cannot be read is absent."""
 
     model: Text | None = None
@@ -105,7 +117,9 @@ class MachineStatus(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     memory_available: Count | None = None
 
 
-class Moment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Moment(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True
+):
     """When this was; the three together tell a wrong clock from an old document."""
 
     seen: Time
@@ -120,7 +134,9 @@ class Moment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     """Higher in each further document of a device, whatever its clock says."""
 
 
-class Drift(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Drift(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True
+):
     """How far inputs and answers have moved from the bundle's reference."""
 
     p_value: Annotated[float, msgspec.Meta(ge=0, le=1)]
@@ -129,10 +145,12 @@ class Drift(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """Answers that it is of."""
 
 
-class Status(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Status(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True
+):
     """How a device is. Absent means unknown, never fine."""
 
-    format: int = FORMAT
+    format: int
     device: DeviceId
     name: Name
     fieldfit: Text

@@ -29,7 +29,7 @@ from runtime.fleet_page import page, summary, table
 from runtime.health import EXPECTED
 from runtime.identity import Identity
 from runtime.slots import default_folder
-from runtime.verbs.options import add_verb
+from runtime.verbs.options import add_state_option, add_verb
 
 
 def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -53,7 +53,7 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         "this prints before believing it.",
         example='fieldfit fleet enroll --name "line 3, station 2" --to /media/stick/fleet',
     )
-    _add_state(enroll)
+    add_state_option(enroll)
     enroll.add_argument("--name", help="what people call this device; default its host name")
     enroll.add_argument("--to", type=Path, metavar="DIR", help="a fleet folder to enroll it in")
     report = add_verb(
@@ -66,7 +66,7 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         "at the broker under TOPIC/ID. Run it from a timer.",
         example="fieldfit fleet report --to mqtts://device@broker.example/fieldfit",
     )
-    _add_state(report)
+    add_state_option(report)
     report.add_argument(
         "--to", required=True, metavar="DIR|URL", help="a fleet folder, or mqtt(s)://host/topic"
     )
@@ -99,12 +99,6 @@ def duration(text: str) -> datetime.timedelta:
     if unit not in units or not number.isdecimal() or not 0 < int(number) < 100_000:
         raise argparse.ArgumentTypeError(f"expected a time such as 90m, 24h or 7d, got {text!r}")
     return datetime.timedelta(**{units[unit]: int(number)})
-
-
-def _add_state(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--state", type=Path, metavar="DIR", help="the device's state folder; default as in stage"
-    )
 
 
 def _enroll(options: argparse.Namespace) -> int:
