@@ -6,6 +6,7 @@ This command is for looking at a calibration, or repeating it with other setting
 
 import argparse
 import dataclasses
+import functools
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -132,6 +133,7 @@ def run(recipe_path: Path) -> Done:
         recipe.calibration,
         seed=recipe.seed,
         folder=folder,
+        target=dataset.select(dataset.field, "validation"),
         track=lambda items: _track(items, "images"),
     )
     write_gallery(
@@ -185,11 +187,14 @@ def methods(done: Done) -> list[dict[str, Any]]:
 def sensitivity(done: Done) -> dict[str, list[dict[str, Any]]]:
     """What each layer costs alone in INT8, worst first, for both forms."""
     from calibration import onnxruntime_dialect, tensorrt_dialect
-    from calibration.sensitivity import scan
+    from calibration.sensitivity import SCAN_IMAGES, Emit, scan
 
-    images = done.judges()
+    images = done.judges()[:SCAN_IMAGES]
     found: dict[str, list[dict[str, Any]]] = {}
-    for form, emit in (("int8", tensorrt_dialect.emit), ("int8-cpu", onnxruntime_dialect.emit)):
+    # The classifier is tried like any other layer, as export does.
+    with_classifier = functools.partial(onnxruntime_dialect.emit, classifier=True)
+    forms: dict[str, Emit] = {"int8": tensorrt_dialect.emit, "int8-cpu": with_classifier}
+    for form, emit in forms.items():
         with _share_bar(f"layers of {form}") as progress:
             layers = scan(done.graph, done.calibration.table, emit, images, progress=progress)
         found[form] = [dataclasses.asdict(layer) for layer in layers]
@@ -214,6 +219,7 @@ def summarize(done: Done) -> dict[str, Any]:
         "images": len(choice.chosen),
         "candidates": choice.candidates,
         "per_class": dict(calibration.per_class),
+        "doubt": choice.doubt,
         "refused": [{"path": r.path, "reason": r.reason} for r in choice.refused],
         "tensors": len(table.tensors),
         "most_clipped": [
@@ -253,6 +259,7 @@ def describe(summary: dict[str, Any]) -> str:
     classes = ", ".join(f"{name} {count}" for name, count in summary["per_class"].items())
     refused = summary["refused"]
     lines = [f"{summary['images']} of {summary['candidates']} images: {classes}"]
+    lines += [f"  {summary['doubt']}"] if summary["doubt"] else []
     lines.append(f"{len(refused)} refused")
     lines += [f"  {r['path']}: {r['reason']}" for r in refused[:SHOWN]]
     if len(refused) > SHOWN:

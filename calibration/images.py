@@ -49,6 +49,8 @@ class Choice(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     refused: tuple[SetAside, ...]
     """Only what was looked at: candidates that were not needed are not judged."""
     candidates: int
+    doubt: str = ""
+    """Why the chosen images are hardly the field's, if so: see calibration/foreign."""
 
     @property
     def digests(self) -> tuple[str, ...]:

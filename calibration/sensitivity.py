@@ -5,7 +5,6 @@ first and the last layer float" is wrong for every second model, so every model 
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
@@ -14,17 +13,24 @@ import numpy.typing as npt
 import onnx
 
 from calibration.executor import Array, Executor
-from calibration.graph import Graph, channel_axis
+from calibration.graph import Graph
+from calibration.price import Price, multiplications
 from calibration.quantize import NOT_TUNED, Emitted, Tuned
 from calibration.table import Table
 from runtime.metrics import sqnr_db
 from runtime.preprocess import UInt8
 
-MIN_ERROR_SHARE = 0.05
-"""A layer that makes less of the error than this is not worth a float kernel."""
+SCAN_IMAGES = 64
+"""Images that show which layers make the error; more cost time and change no order."""
 
-MAX_COMPUTE_SHARE = 0.025
-"""Share of the multiplications that may stay float from the beginning."""
+MIN_ERROR_SHARE = 0.05
+"""Layers that make less than this of the error that is left are not worth float kernels."""
+
+MAX_RUN = 6
+"""Neighbours that are looked at together: two blocks of a network for small devices."""
+
+LEAST_PRICE = 0.002
+"""What costs less than this share of the time is as good as free."""
 
 
 class Emit(Protocol):
@@ -55,11 +61,6 @@ class LayerSensitivity:
     """Of the squared errors of all layers that were tried, summed."""
     compute_share: float
     """Of the graph's multiplications."""
-
-    @property
-    def error_per_compute(self) -> float:
-        """What is gained by a float kernel, against what it costs."""
-        return self.error_share / max(self.compute_share, 1e-6)
 
     @property
     def measured(self) -> str:
@@ -118,19 +119,6 @@ def scan(
     return _compare(reference, logits, multiplications(index))
 
 
-def multiplications(graph: Graph) -> dict[str, int]:
-    """Multiplications per image of every layer whose output has a known shape."""
-    counts = {}
-    for layer in graph.layers():
-        shape = graph.shape(layer.output)
-        if shape is None:
-            continue
-        axis = channel_axis(layer.op_type) % len(shape)
-        places = [side or 1 for at, side in enumerate(shape) if at not in (0, axis)]
-        counts[layer.name] = layer.weight.size * math.prod(places)
-    return counts
-
-
 def _compare(
     reference: Array, logits: Mapping[str, Array], multiplications: Mapping[str, int]
 ) -> tuple[LayerSensitivity, ...]:
@@ -156,33 +144,39 @@ def _centred(logits: Array) -> npt.NDArray[np.float64]:
 
 
 def choose_float(
-    sensitivities: Sequence[LayerSensitivity],
-    *,
-    min_error_share: float = MIN_ERROR_SHARE,
-    max_compute_share: float = MAX_COMPUTE_SHARE,
+    sensitivities: Sequence[LayerSensitivity], price: Price, budget: float
 ) -> dict[str, str]:
-    """The layers to leave float before anything else is tried, each with the reason.
+    """The layers to leave float for ``budget``, a share of the form's time, each with the reason.
 
-    Those that make ``min_error_share`` of the error or more, the most error per multiplication
-    first, as long as all of them together are ``max_compute_share`` of the multiplications or less.
+    Step by step that run of up to MAX_RUN neighbours whose errors are the most for what it adds to
+    the price, as long as it makes MIN_ERROR_SHARE of the error that is left or more. Neighbours,
+    because layers that are float together need no conversion between them: a layer alone may cost
+    more than a whole run.
     """
+    found = {layer.name: layer for layer in sensitivities}
+    runs = _runs([name for name in price.layers if name in found])
     chosen: dict[str, str] = {}
-    compute = 0.0
-    for layer in sorted(sensitivities, key=lambda layer: -layer.error_per_compute):
-        affordable = compute + layer.compute_share <= max_compute_share
-        if layer.error_share >= min_error_share and affordable:
-            chosen[layer.name] = f"float, for it makes {layer.measured}"
-            compute += layer.compute_share
-    return chosen
+    while True:
+        left = sum(layer.error_share for layer in sensitivities if layer.name not in chosen)
+        spent, best, most = price.share(chosen), None, 0.0
+        for run in runs:
+            gain = sum(found[name].error_share for name in run if name not in chosen)
+            if gain <= 0.0 or gain < MIN_ERROR_SHARE * left:
+                continue
+            total = price.share([*chosen, *run])
+            worth = gain / max(total - spent, LEAST_PRICE)
+            if total <= budget and worth > most:
+                best, most = run, worth
+        if best is None:
+            return chosen
+        for name in best:
+            chosen.setdefault(name, f"float, alone or with its neighbours: {found[name].measured}")
 
 
-def next_float(
-    sensitivities: Sequence[LayerSensitivity], count: int, *, kept: Collection[str] = ()
-) -> dict[str, str]:
-    """The ``count`` layers to leave float next, besides ``kept``, each with the reason.
-
-    The most error per multiplication first.
-    """
-    left = [layer for layer in sensitivities if layer.name not in kept]
-    left.sort(key=lambda layer: -layer.error_per_compute)
-    return {layer.name: f"float next: {layer.measured}" for layer in left[:count]}
+def _runs(layers: Sequence[str]) -> list[tuple[str, ...]]:
+    """All runs of neighbours, short ones first."""
+    return [
+        tuple(layers[start : start + length])
+        for length in range(1, MAX_RUN + 1)
+        for start in range(len(layers) - length + 1)
+    ]

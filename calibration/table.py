@@ -19,7 +19,7 @@ from runtime.errors import ExportError
 from runtime.preprocess import InputSpec
 from runtime.recipe import CalibrationSettings
 
-FORMAT = 2
+FORMAT = 3
 """Raised when the meaning of a field changes; older tables are then measured again."""
 
 LARGEST_DB = 200.0

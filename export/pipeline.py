@@ -177,7 +177,9 @@ class _Job:
         atomic.write_bytes(folder / "fp32.onnx", graph.SerializeToString())
         done = calibrate(
             graph, candidates, self.dataset.classes, recipe.input, recipe.calibration,
-            seed=recipe.seed, folder=folder, track=lambda items: console.track(items, name),
+            seed=recipe.seed, folder=folder,
+            target=self.dataset.select(self.dataset.field, "validation"),
+            track=lambda items: console.track(items, name),
         )  # fmt: skip
         console.say(
             f"{name}: {done.table.images} of {len(candidates)} {self.dataset.field} training "

@@ -16,8 +16,10 @@ import numpy.typing as npt
 import onnx
 
 from calibration import Calibration, onnxruntime_dialect, tensorrt_dialect
+from calibration.graph import Graph
+from calibration.price import Price
 from calibration.quantize import Emitted
-from calibration.sensitivity import Emit, LayerSensitivity, choose_float, next_float, scan
+from calibration.sensitivity import SCAN_IMAGES, Emit, LayerSensitivity, choose_float, scan
 from calibration.table import Table
 from calibration.tune import Learned, learn, tune
 from runtime.errors import ExportError
@@ -26,8 +28,9 @@ from train import console
 
 UInt8 = npt.NDArray[np.uint8]
 
-MORE_FLOAT = 1, 2, 4, 8
-"""Layers that stay float besides, rung by rung; with more of them float a form is hardly INT8."""
+BUDGETS = 0.1, 0.2, 0.35, 0.5
+"""Rung by rung, the share of its time that a form may lose to layers that stay float, as
+calibration/price estimates it; beyond the last there is hardly anything left of INT8's gain."""
 
 LEARN_IMAGES = 48
 """Calibration images that weights and biases are tuned on: 32 to 64 are plenty."""
@@ -93,18 +96,19 @@ class PrecisionLadder:
         emit = EMITTERS[form]
         _check_worthwhile(emit(self.material.graph, self.material.table))
         sensitivities = self.sensitivities(form)
-        kept = choose_float(sensitivities)
-        first = self._tuned(form, "post-training", kept)
-        yield first
-        for count in MORE_FLOAT:
-            more = next_float(sensitivities, count, kept=kept)
-            if len(more) < count or len(more) >= len(first.emitted.quantized):
-                break
-            name = f"{count} more layer{'s' * (count > 1)} float"
-            yield self._tuned(form, name, {**kept, **more})
-        taught = self._teach(first.emitted)
+        price = Price(Graph(self.material.graph), [layer.name for layer in sensitivities])
+        rungs: list[Rung] = []
+        for budget in BUDGETS:
+            kept = choose_float(sensitivities, price, budget)
+            if rungs and kept.keys() == rungs[-1].kept_float.keys():
+                continue
+            kind = f"{len(kept)} layers float" if rungs else "post-training"
+            rungs.append(self._tuned(form, kind, kept))
+            yield rungs[-1]
+        taught = self._teach(rungs[0].emitted)
         if taught is not None:
-            yield PrecisionLadder(taught, self._teach)._tuned(form, "quantization-aware", kept)
+            above = PrecisionLadder(taught, self._teach)
+            yield above._tuned(form, "quantization-aware", rungs[0].kept_float)
 
     def sensitivities(self, form: str) -> tuple[LayerSensitivity, ...]:
         """Every layer alone in INT8, worst first."""
@@ -112,7 +116,7 @@ class PrecisionLadder:
         if emit not in self._sensitivities:
             with console.fraction(f"{form}: one layer at a time") as report:
                 self._sensitivities[emit] = scan(
-                    material.graph, material.table, emit, material.held_out,
+                    material.graph, material.table, emit, material.held_out[:SCAN_IMAGES],
                     progress=lambda share: report(share, ""),
                 )  # fmt: skip
         return self._sensitivities[emit]

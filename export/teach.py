@@ -18,7 +18,7 @@ from train.device import choose_device
 from train.model import ImageClassifier
 from train.pipeline import CACHE
 from train.pixels import load_pixels
-from train.quantization_aware import LayerQuantization, Plan, quantize_aware
+from train.quantization_aware import Layer, LayerQuantization, Plan, quantize_aware
 from train.watch import Watched
 
 
@@ -55,9 +55,10 @@ def teach(
 def plan_of(model: ImageClassifier, emitted: Emitted) -> Plan:
     """How the inputs of the layers that ``emitted`` quantizes are rounded, by layer.
 
-    Layers that are no module of ``model`` (a function's own matrix product) are left out.
+    What is no convolution or linear layer among the modules of ``model`` (a function's own matrix
+    product, a module that computes one itself) is left out: it stays as it is in training.
     """
-    modules = {name for name, _ in model.named_modules()}
+    modules = {name for name, module in model.named_modules() if isinstance(module, Layer)}
     producers = {t: node for node in emitted.model.graph.node for t in node.output}
     constants = {t.name: t for t in emitted.model.graph.initializer}
     plan = {}

@@ -10,14 +10,8 @@ from onnx import numpy_helper
 from calibration import onnxruntime_dialect, tensorrt_dialect
 from calibration.executor import run_exactly
 from calibration.graph import Graph
-from calibration.sensitivity import (
-    Emit,
-    LayerSensitivity,
-    choose_float,
-    multiplications,
-    next_float,
-    scan,
-)
+from calibration.price import CONVERSION, Price, multiplications
+from calibration.sensitivity import Emit, LayerSensitivity, choose_float, scan
 from runtime.metrics import sqnr_db
 from tests.calibration_graphs import Network, draw_images, make_table
 
@@ -89,11 +83,18 @@ def test_a_damaged_layer_is_found_and_left_float(emit: Emit, position: int) -> N
     assert found[0].name == name
     assert found[0].error_share > 0.5
     assert done[-1] == 1.0
-    share = found[0].compute_share
-    chosen = choose_float(found, max_compute_share=share + 0.001)
+    price = Price(Graph(model), [layer.name for layer in found])
+    cost = min(price.share(run) for run in runs_with(name, price.layers))
+    chosen = choose_float(found, price, cost + 0.001)
     assert name in chosen
     assert f"{found[0].error_share:.1%} of the error" in chosen[name]
-    assert name not in choose_float(found, max_compute_share=share / 2)
+    assert name not in choose_float(found, price, cost / 2)
+
+
+def runs_with(name: str, layers: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """All runs of neighbours that hold ``name``."""
+    at = layers.index(name)
+    return [layers[i:j] for i in range(at + 1) for j in range(at + 1, len(layers) + 1)]
 
 
 def test_some_layers_may_be_scanned_alone() -> None:
@@ -114,26 +115,59 @@ def test_multiplications_are_counted_from_shapes() -> None:
     assert counts == [8 * 8 * 16 * 3 * 9, 8 * 8 * 16 * 9, 16 * 5]
 
 
-def layer(name: str, error: float, compute: float) -> LayerSensitivity:
-    return LayerSensitivity(name, 20.0, 1, 48, error, compute)
+def narrow_in_the_middle() -> onnx.ModelProto:
+    """Layers of 16, 64, 64, 8 and 16 channels at 8 x 8: what lies between the wide ones is dear."""
+    network = Network()
+    network.conv(16, stride=2)
+    for channels in (64, 64, 8, 16):
+        network.activate("Relu")
+        network.conv(channels, kernel=1)
+    return network.finish()
 
 
-def test_what_carries_much_and_costs_little_stays_float() -> None:
-    found = [
-        layer("wide", 0.40, 0.20),
-        layer("stem", 0.30, 0.015),
-        layer("head", 0.20, 0.001),
-        layer("small", 0.06, 0.015),
-        layer("rest", 0.04, 0.001),
+def test_a_price_is_products_and_what_changes_form_at_the_ends_of_a_run() -> None:
+    model = narrow_in_the_middle()
+    graph = Graph(model)
+    names = [layer.name for layer in graph.convs()]
+    price, products = Price(graph, names), multiplications(graph)
+    every = sum(products.values())
+    pixels = 8 * 8
+    for kept, values in (
+        ([0], 16),  # the image becomes float in either form, at the same cost
+        ([1], 16 + 64),
+        ([1, 2], 16 + 64),
+        ([0, 1, 2, 3], 8),
+        ([1, 3], 16 + 64 + 64 + 8),
+        (range(5), 16),  # the pooling behind them is taken for an 8-bit one
+        ([], 0),
+    ):
+        layers = [names[at] for at in kept]
+        expected = sum(products[name] for name in layers) + CONVERSION * values * pixels
+        assert price.share(layers) == pytest.approx(expected / every), kept
+
+
+def found_in(model: onnx.ModelProto, errors: list[float]) -> list[LayerSensitivity]:
+    layers = Graph(model).convs()
+    return [
+        LayerSensitivity(layer.name, 20.0, 1, 48, error, 0.015)
+        for layer, error in zip(layers, errors, strict=True)
     ]
-    chosen = choose_float(found, min_error_share=0.05, max_compute_share=0.025)
-    assert list(chosen) == ["head", "stem"], "with 'small' they would be too many"
-    assert chosen["stem"] == (
-        "float, for it makes 30.0% of the error (20.0 dB alone, 1 of 48 images change class) "
-        "for 1.5% of the multiplications"
+
+
+def test_neighbours_stay_float_together_where_one_alone_costs_more() -> None:
+    model = narrow_in_the_middle()
+    found = found_in(model, [0.30, 0.05, 0.30, 0.30, 0.05])
+    names = [layer.name for layer in found]
+    price = Price(Graph(model), names)
+    run = price.share(names[:4])
+    assert run < price.share([names[2]])
+    chosen = choose_float(found, price, run + 0.001)
+    assert sorted(chosen) == sorted(names[:4]), "the second only because the others are"
+    assert chosen[names[0]] == (
+        "float, alone or with its neighbours: 30.0% of the error (20.0 dB alone, 1 of 48 images "
+        "change class) for 1.5% of the multiplications"
     )
-    assert list(next_float(found, 2, kept=chosen)) == ["rest", "small"]
-    assert list(next_float(found, 9)) == ["head", "rest", "stem", "small", "wide"]
+    assert choose_float(found, price, 0.0) == {}
 
 
 def test_layers_that_make_no_error_are_no_reason() -> None:
@@ -142,4 +176,4 @@ def test_layers_that_make_no_error_are_no_reason() -> None:
     black = np.zeros((3, 16, 16, 1), np.uint8)
     found = scan(model, table, tensorrt_dialect.emit, black, layers=[])
     assert found == ()
-    assert choose_float(found) == next_float(found, 3) == {}
+    assert choose_float(found, Price(Graph(model), []), 1.0) == {}

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from calibration import Emitted, count_kernels, onnxruntime_dialect, read_table
+from export import pipeline
 from export.__main__ import main as export
 from export.onnx_graph import to_onnx
 from export.parity import BATCH_SIZES, check_checkpoint
@@ -30,6 +31,12 @@ from train.checkpoint import read_checkpoint
 from train.record import Training
 
 QUICK = Path(__file__).resolve().parent.parent / "train" / "recipes" / "quick.toml"
+
+
+@pytest.fixture(autouse=True)
+def shortly_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test looks at speeds."""
+    monkeypatch.setattr(pipeline, "TIMED_SECONDS", 0.2)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +93,7 @@ def test_the_graph_keeps_the_contract(model: onnx.ModelProto) -> None:
     (image,) = model.graph.input
     assert image.name == "image"
     assert image.type.tensor_type.elem_type == onnx.TensorProto.UINT8
-    assert [d.dim_value for d in image.type.tensor_type.shape.dim][1:] == [64, 64, 1]
+    assert [d.dim_value for d in image.type.tensor_type.shape.dim][1:] == [48, 48, 1]
     assert image.type.tensor_type.shape.dim[0].dim_param
     assert [o.name for o in model.graph.output] == ["logits", "features"]
     assert [n.op_type for n in model.graph.node][:4] == ["Cast", "Transpose", "Mul", "Add"]
@@ -207,8 +214,6 @@ def test_nothing_is_released_if_the_graph_is_not_the_checkpoint(
     quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A graph with one damaged weight must not leave the house."""
-    from export import pipeline
-
     shutil.copytree(quick / "build/quick/train", tmp_path / "build/quick/train")
     monkeypatch.chdir(tmp_path)
 
@@ -227,44 +232,54 @@ def test_nothing_is_released_if_the_graph_is_not_the_checkpoint(
 
 
 def test_a_form_that_cannot_be_made_is_refused_and_the_others_go_on(
-    quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from export import pipeline, precision_ladder
+    from export import precision_ladder
 
-    shutil.copytree(quick / "build/quick/train", tmp_path / "build/quick/train")
+    for room in ("train", "calibration"):
+        shutil.copytree(build / room, tmp_path / "build/quick" / room)
     monkeypatch.chdir(tmp_path)
 
-    def broken(*_: object) -> onnx.ModelProto:
+    def broken(*_: object, **__: object) -> Emitted:
         raise ExportError("no such kernel")
 
     def float_only(graph: onnx.ModelProto, *_: object, **__: object) -> Emitted:
         return Emitted(graph, (), {})
 
-    monkeypatch.setattr(pipeline, "to_float16", broken)
     monkeypatch.setitem(precision_ladder.EMITTERS, "int8", float_only)
-    assert export([str(QUICK), "--allow-fp16-only"]) == 0
+    monkeypatch.setitem(precision_ladder.EMITTERS, "int8-cpu", broken)
+    recipe = recipe_with(tmp_path, forms=("int8", "int8-cpu", "fp16"))
+    assert export([str(recipe), "--allow-fp16-only"]) == 0
     error = capsys.readouterr().err
-    assert "fp16 is not in the bundle: no such kernel" in error
     assert "int8 is not in the bundle: no layer is left to quantize" in error
-    manifest = Bundle.open(tmp_path / "build/quick/bundle").manifest
-    assert [artifact.form for artifact in manifest.artifacts] == ["fp32", "int8-cpu"]
+    assert "int8-cpu is not in the bundle: no such kernel" in error
+    bundle = Bundle.open(tmp_path / "build/quick/bundle")
+    assert [artifact.form for artifact in bundle.manifest.artifacts] == ["fp32", "fp16"]
+    assert not (tmp_path / "build/quick/bundle/int8-cpu.onnx").exists()
+
+
+def recipe_with(folder: Path, *, forms: tuple[str, ...], min_sqnr_db: float = 8.0) -> Path:
+    """The quick recipe with other forms and another budget."""
+    text = QUICK.read_text().replace("min_sqnr_db = 8.0", f"min_sqnr_db = {min_sqnr_db}")
+    path = folder / "changed.toml"
+    path.write_text(text.replace("[export]", f"[export]\nforms = {json.dumps(forms)}"))
+    return path
 
 
 def test_a_form_over_budget_is_refused_after_every_rung(
-    quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And no bundle is written without the form, unless its owner says so."""
-    from export import pipeline, precision_ladder, teach
+    from export import precision_ladder, teach
     from train.quantization_aware import quantize_aware
 
     shortly = functools.partial(quantize_aware, steps=6)
     monkeypatch.setattr(teach, "quantize_aware", shortly)
-    monkeypatch.setattr(precision_ladder, "MORE_FLOAT", (1, 2))
-    shutil.copytree(quick / "build/quick/train", tmp_path / "build/quick/train")
+    monkeypatch.setattr(precision_ladder, "BUDGETS", (0.1, 0.3, 1.5))
+    for room in ("train", "calibration"):
+        shutil.copytree(build / room, tmp_path / "build/quick" / room)
     monkeypatch.chdir(tmp_path)
-    strict = tmp_path / "strict.toml"
-    text = QUICK.read_text().replace("min_sqnr_db = 8.0", "min_sqnr_db = 60.0")
-    strict.write_text(text.replace("[export]", '[export]\nforms = ["int8-cpu"]'))
+    strict = recipe_with(tmp_path, forms=("int8-cpu",), min_sqnr_db=60.0)
     assert export([str(strict)]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert "no INT8 for onnxruntime on a CPU: int8-cpu was refused: SQNR" in error
@@ -277,17 +292,12 @@ def test_a_form_over_budget_is_refused_after_every_rung(
     assert not report.released
     assert "< 60 dB" in report.reason
     rungs = [attempt.rung for attempt in report.attempts]
-    assert rungs[:3] == ["post-training", "1 more layer float", "2 more layers float"]
-    kept = [len(attempt.kept_float) for attempt in report.attempts[:3]]
-    assert kept == [kept[0] + more for more in (0, 1, 2)]
+    kept = [len(attempt.kept_float) for attempt in report.attempts]
+    assert rungs[0] == "post-training"
+    assert rungs[1] == f"{kept[1]} layers float"
+    assert kept[1] > kept[0]
     assert {attempt.split for attempt in report.attempts} == {"validation"}
     assert all(attempt.made for attempt in report.attempts)
-    monkeypatch.setattr(precision_ladder, "MORE_FLOAT", ())
-    monkeypatch.setattr(pipeline, "teach", lambda *_: None)
-    assert export([str(strict), "--allow-fp16-only"]) == 0
-    bundle = Bundle.open(tmp_path / "build/quick/bundle")
-    assert [artifact.form for artifact in bundle.manifest.artifacts] == ["fp32"]
-    assert not (tmp_path / "build/quick/bundle/int8-cpu.onnx").exists()
 
 
 def test_parity_is_judged_by_signal_to_noise() -> None:
@@ -338,8 +348,9 @@ def test_own_folders_and_an_unlabelled_field(
     (tmp_path / "field.csv").write_text("path,label,group\n" + lines)
     (tmp_path / "own.toml").write_text(
         'name = "own"\n[data]\nsource = "clean"\ntarget = "field.csv"\n'
-        "[input]\nsize = [32, 32]\n[train]\nstrategy = 'feature-extraction'\n"
-        "[calibration]\nimages = 16\n[gate]\nmin_agreement = 0.7\nmin_sqnr_db = 3.0\n"
+        "[input]\nsize = [32, 32]\n[source]\nepochs = 1\n[train]\nstrategy = 'feature-extraction'\n"
+        "[calibration]\nimages = 16\n[export]\nforms = ['int8-cpu']\n"
+        "[gate]\nmin_agreement = 0.7\nmin_sqnr_db = 3.0\n"
     )
     assert train([str(tmp_path / "own.toml")]) == 0
     training = json.loads((tmp_path / "build/own/train/training.json").read_text())
