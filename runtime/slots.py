@@ -177,15 +177,15 @@ class Slots:
             with _says_what_it_needs(self.folder, _SPARE_BYTES):
                 atomic.make_folder(self._slots)
                 lock = Lock.acquire(self.folder / "slots.lock", self._waiting)
-            self._depth += 1
-            try:
-                self._sweep()
-                if not self._names() and not (self.folder / _STATE).exists():
-                    self._write(State())  # from now on, a missing state is damage
-                yield
-            finally:
-                self._depth -= 1
-                lock.close()
+                self._depth += 1
+                try:
+                    self._sweep()
+                    if not self._names() and not (self.folder / _STATE).exists():
+                        self._write(State())  # from now on, a missing state is damage
+                    yield
+                finally:
+                    self._depth -= 1
+                    lock.close()
 
     def recover(self) -> tuple[str, ...]:
         """Make good what damage left, at a start: a sentence for each thing that was done.
@@ -329,10 +329,9 @@ class Slots:
 
     def _write(self, state: State) -> None:
         data = slot_state.encode(state)
-        with _says_what_it_needs(self.folder, 2 * _BLOCK):
-            atomic.write_bytes(self.folder / _STATE, data)
-            if state.current and (folder := self._slot(state.current).folder).is_dir():
-                atomic.write_bytes(folder / _STATE, data)
+        atomic.write_bytes(self.folder / _STATE, data)
+        if state.current and (folder := self._slot(state.current).folder).is_dir():
+            atomic.write_bytes(folder / _STATE, data)
 
     def _slot(self, release: Release) -> Slot:
         return Slot(release, self._slots / release.sha256)
