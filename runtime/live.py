@@ -181,7 +181,6 @@ class LiveClassifier:
         self._request = request or Request()
         self._stability = stability or Stability()
         self._deadline_s, self._seconds, self._clock = deadline_s, seconds, clock
-        self._worker = _Worker()
         self._closing = False
         self._proof: subprocess.Popen[bytes] | None = None
         self._lead: Lock | None = None
@@ -192,7 +191,13 @@ class LiveClassifier:
         self._passed_over = ""
         """A slot that does not answer here, whatever the state says: it was found to fail."""
         self._milliseconds: deque[float] = deque(maxlen=_REMEMBERED)
-        self._answering = self._open_standing() or self._open_first()
+        try:
+            self._answering = self._open_standing() or self._open_first()
+        except BaseException:
+            if self._lead:
+                self._lead.close()
+            raise
+        self._worker = _Worker()
         self._leads()
 
     @property
@@ -313,11 +318,8 @@ class LiveClassifier:
         _log.warning("%s answers on trial", self.slot.release)
 
     def _limit_ms(self, limits: Limits) -> float | None:
-        if limits.latency_ms is not None:
-            return limits.latency_ms
-        if len(self._milliseconds) < _ENOUGH:
-            return None
-        return limits.slower_than * statistics.median(self._milliseconds)
+        known = len(self._milliseconds) >= _ENOUGH
+        return limits.most_ms(statistics.median(self._milliseconds) if known else None)
 
     def _step_back(self, reason: str) -> None:
         """The one before answers from now on; that is written down beside the frames."""
@@ -348,8 +350,10 @@ class LiveClassifier:
     # --- beside the frames
 
     def _leads(self) -> bool:
-        if self._lead is None:
-            self._lead = Lock.attempt(self._slots.folder / LEAD)
+        try:
+            self._lead = self._lead or Lock.attempt(self._slots.folder / LEAD)
+        except OSError as error:
+            _log.warning("no slot can come to trial: %s: %s", error.filename, error.strerror)
         return self._lead is not None
 
     def _take_up(self) -> _Then | None:
@@ -442,7 +446,8 @@ class LiveClassifier:
 
     def _open_first(self) -> _Opened:
         """The slot on trial, where none was ever committed."""
-        opened = self._open_pending() if self._leads() else None
+        pending = self._slots.pending()
+        opened = self._open_pending() if pending and self._leads() else None
         if opened is None:
             state = self._slots.status().state
             why = f": {state.failures[-1].reason}" if state.failures else ""
@@ -450,7 +455,7 @@ class LiveClassifier:
                 f"{self._slots.folder}: no slot can answer{why}; put a bundle into one with "
                 "fieldfit stage, then fieldfit activate"
             )
-        self._trial = Trial(self._stability, opened.limits.latency_ms, self._clock())
+        self._trial = Trial(self._stability, opened.limits.most_ms(None), self._clock())
         return opened
 
 

@@ -6,6 +6,7 @@ nothing and knows no slots: ``runtime.activation`` is the other side.
 """
 
 import ctypes
+import logging
 import os
 import signal
 import sys
@@ -88,6 +89,7 @@ def main() -> int:
     # Libraries print; the pipe that carries the answer is not theirs.
     pipe = os.dup(1)
     os.dup2(2, 1)
+    logging.disable()  # what was passed over is in the answer, and no cause of a crash
     answer: Findings | Refused
     try:
         answer = _find(task)
