@@ -4,6 +4,7 @@ It reads and decides nothing; what is not there stays absent. What cannot be rea
 engine that was chosen and how the last update went, is written down here when it happens.
 """
 
+import contextlib
 import datetime
 import re
 import time
@@ -14,13 +15,13 @@ from typing import TypeVar
 import msgspec
 
 from runtime import atomic, machine
-from runtime.choose import Choice
+from runtime.classifier import Classifier
 from runtime.errors import FleetError
 from runtime.identity import Device, Identity
 from runtime.machine import Machine
-from runtime.manifest import Manifest, Minimum, Sha256
+from runtime.manifest import Minimum
 from runtime.slot_state import Release, State
-from runtime.slots import Slots
+from runtime.slots import Slot, Slots
 from runtime.status_document import (
     FORMAT,
     MAX_STATUS_BYTES,
@@ -49,14 +50,6 @@ _WANTED = ("too slow", "not wanted")
 """Faults of a candidate that nobody misses."""
 
 
-class EngineRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """The engine that was chosen for a bundle on this device."""
-
-    manifest: Sha256
-    """The digest of the bundle's manifest."""
-    engine: EngineStatus
-
-
 class UpdateRecord(msgspec.Struct, frozen=True, kw_only=True):
     """How the last update went."""
 
@@ -65,21 +58,20 @@ class UpdateRecord(msgspec.Struct, frozen=True, kw_only=True):
     time_floor: datetime.datetime | None = None
 
 
-def record_engine(
-    state: Path, manifest: Manifest, choice: Choice, required: Minimum | None = None
-) -> None:
-    """Write down the engine that answers from now on.
+def record_engine(slot: Slot, classifier: Classifier, required: Minimum | None = None) -> None:
+    """Write down, beside the slot's engines, which one answers from it.
 
-    ``required`` is what this site asks for, if that is more than the bundle does.
+    ``required`` is what this site asks for, if that is more than the bundle does. A disk that
+    refuses it takes no answers along.
     """
-    engine = choice.engine
+    engine = classifier.engine
     passed_over = [
         PassedOver(
             candidate=clipped(", ".join(filter(None, (step.engine, step.form)))),
             fault=step.fault or "failed",
             reason=clipped(step.reason),
         )
-        for step in choice.steps
+        for step in classifier.steps
         if not step.accepted and step.fault not in _WANTED
     ]
     status = EngineStatus(
@@ -87,11 +79,11 @@ def record_engine(
         version=clipped(engine.version),
         provider=engine.provider,
         form=engine.form,
-        required=required or manifest.required_provider,
+        required=required or classifier.bundle.manifest.required_provider,
         passed_over=tuple(passed_over[:_MAX_LISTED]),
     )
-    record = EngineRecord(manifest=manifest.digest, engine=status)
-    atomic.write_bytes(state / ENGINE, msgspec.json.encode(record))
+    with contextlib.suppress(OSError):
+        atomic.write_bytes(slot.engines / ENGINE, msgspec.json.encode(status))
 
 
 def record_update(
@@ -114,15 +106,16 @@ def report(
 
     ``root`` is the file tree that the machine is read from.
     """
-    previous = _previous(state, identity)
+    slots = Slots(state)
+    current = slots.current()
     status = describe(
         identity.device,
         machine.describe(root),
-        slots=Slots(state).status().state,
-        engine=_record(state / ENGINE, EngineRecord),
+        slots=slots.status().state,
+        engine=_record(current.engines / ENGINE, EngineStatus) if current else None,
         update=_record(state / UPDATE, UpdateRecord),
         expires=expiries(state / "tuf"),
-        previous=previous,
+        previous=_previous(state, identity),
         boot=_boot_id(root),
         uptime_s=time.clock_gettime(time.CLOCK_BOOTTIME),
         counters=counters or {},
@@ -138,7 +131,7 @@ def describe(
     here: Machine,
     *,
     slots: State,
-    engine: EngineRecord | None,
+    engine: EngineStatus | None,
     update: UpdateRecord | None,
     expires: Mapping[str, datetime.datetime],
     previous: Status | None,
@@ -165,7 +158,7 @@ def describe(
         ),
         machine=_machine(here),
         bundle=_bundle(current, previous, here) if current else None,
-        engine=_engine(engine, current),
+        engine=engine,
         slots=_slots(slots),
         update=UpdateStatus(
             expires=dict(expires),
@@ -212,12 +205,6 @@ def _since(sha256: str, previous: Status | None, here: Machine) -> datetime.date
     if before and before.sha256 == sha256 and before.since:
         return min(before.since, here.time) if here.clock_synchronised else before.since
     return here.time if here.clock_synchronised else None
-
-
-def _engine(record: EngineRecord | None, current: Release | None) -> EngineStatus | None:
-    """What was written down, if it is about the bundle that answers."""
-    same = record and current and record.manifest == current.manifest
-    return record.engine if record and same else None
 
 
 def _slots(state: State) -> SlotStatus:

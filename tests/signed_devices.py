@@ -2,6 +2,7 @@
 
 import datetime
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -32,7 +33,7 @@ def new_identity(folder: Path, name: str = "line 1") -> Identity:
     return Identity.open(folder, name)
 
 
-def healthy(device: str = "0" * 32, name: str = "line 1", **changes: object) -> Status:
+def healthy(device: str = "0" * 32, name: str = "line 1", **changes: Any) -> Status:
     """Seen ten minutes ago, with bundle SHA for two days; nothing is wrong with it."""
     status = Status(
         format=FORMAT,
@@ -62,6 +63,6 @@ def healthy(device: str = "0" * 32, name: str = "line 1", **changes: object) -> 
     return msgspec.structs.replace(status, **changes)
 
 
-def moment(sequence: int = 7, **changes: object) -> Moment:
+def moment(sequence: int = 7, **changes: Any) -> Moment:
     """The moment of a healthy status, changed."""
     return msgspec.structs.replace(healthy().moment, sequence=sequence, **changes)

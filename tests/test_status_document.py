@@ -4,13 +4,16 @@ import datetime
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 from runtime import device_status
+from runtime.classifier import Classifier
 from runtime.errors import FleetError
 from runtime.identity import Identity
+from runtime.slots import Slots
 from runtime.status_document import (
     MAX_STATUS_BYTES,
     Known,
@@ -20,6 +23,7 @@ from runtime.status_document import (
     read_status,
     sign_status,
 )
+from tests.model_zips import model_zip
 from tests.signed_devices import healthy, moment, new_identity
 
 
@@ -28,7 +32,7 @@ def one(tmp_path: Path) -> Identity:
     return new_identity(tmp_path / "one")
 
 
-def signed(one: Identity, **changes: object) -> bytes:
+def signed(one: Identity, **changes: Any) -> bytes:
     return sign_status(healthy(one.device.id, **changes), one)
 
 
@@ -157,7 +161,9 @@ def test_a_new_device_reports_what_it_knows_and_invents_nothing(
     data = device_status.report(tmp_path / "one", one)
     status = read_status(data, {one.device.id: one.public})
     assert (tmp_path / "one" / "status.json").read_bytes() == data
-    assert status.bundle is status.engine is status.drift is None
+    assert status.bundle is None
+    assert status.engine is None
+    assert status.drift is None
     assert status.counters == {}
     assert b"drift" not in data
     assert b"null" not in data
@@ -223,33 +229,25 @@ def test_the_expiry_is_that_of_the_metadata_on_this_device(tmp_path: Path) -> No
     assert device_status.expiries(tmp_path / "absent") == {}
 
 
-def test_the_engine_is_told_of_the_bundle_it_was_chosen_for_alone(
-    quick: Path, one: Identity, tmp_path: Path
-) -> None:
-    from runtime.bundle import Bundle
-    from runtime.choose import choose_engine
-    from runtime.slots import Slots
-
-    state = tmp_path / "one"
-    keys = {one.device.id: one.public}
+def test_the_engine_is_told_of_the_slot_that_answers(one: Identity, tmp_path: Path) -> None:
+    state, keys = tmp_path / "one", {one.device.id: one.public}
     slots = Slots(state)
-    slot = slots.stage(quick / "build" / "quick" / "quick-0.1.0.zip")
-    slots.activate(slot.sha256)
-    slots.begin_try()
-    slots.commit()
-    manifest = Bundle.open(slot.bundle).manifest
-    choice = choose_engine(Bundle.open(slot.bundle))
-    choice.engine.close()
-    device_status.record_engine(state, manifest, choice)
-    status = read_status(device_status.report(state, one), keys)
-    assert status.bundle
-    assert (status.bundle.name, status.bundle.sha256) == ("quick", slot.sha256)
-    assert status.engine
-    assert (status.engine.provider, status.engine.form) == ("cpu", choice.engine.form)
-    assert {step.fault for step in status.engine.passed_over} <= {"missing library", "no device"}
-    other = msgspec.structs.replace(manifest, digest="00" * 32)
-    device_status.record_engine(state, other, choice)
-    assert read_status(device_status.report(state, one), keys).engine is None
+    for version in ("1.0.0", "1.1.0"):
+        slot = slots.stage(model_zip(tmp_path / version, version))
+        slots.activate(slot.sha256)
+        slots.begin_try()
+        slots.commit()
+        status = read_status(device_status.report(state, one), keys)
+        assert status.engine is None  # not that of the slot before
+        with Classifier.open(slot.bundle, cache=slot.engines) as classifier:
+            device_status.record_engine(slot, classifier)
+        status = read_status(device_status.report(state, one), keys)
+        assert status.bundle
+        assert (status.bundle.name, status.bundle.sha256) == ("tiny", slot.sha256)
+        assert status.bundle.version == version
+        assert status.engine
+        assert (status.engine.provider, status.engine.form) == ("cpu", "fp32")
+        assert status.engine.passed_over
 
 
 def test_how_the_last_update_went_is_told(one: Identity, tmp_path: Path) -> None:
