@@ -25,6 +25,8 @@ SLACK = datetime.timedelta(days=1)
 """A clock may be this much behind what it once said: it was set, or lost a little."""
 
 FILE = "floor.json"
+_GRAIN = 3600
+"""Seconds to which the time is kept: a device that asks often need not wear its flash."""
 _MAX_FLOOR_BYTES = 1024 * 1024
 
 
@@ -113,6 +115,7 @@ class Floors:
 
     def lift(self, to: Floor) -> Floor:
         """Keep the higher of ``to`` and what was kept, in both copies, and return it."""
+        to = msgspec.structs.replace(to, time=to.time - to.time % _GRAIN)
         floor = merge(self.read(), to)
         data = msgspec.json.format(msgspec.json.encode(floor), indent=1) + b"\n"
         for path in self.paths:

@@ -8,6 +8,7 @@ goes on running. It knows no engine, and does not judge whether a bundle is any 
 import contextlib
 import datetime
 import errno
+import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ import msgspec
 from runtime import atomic
 from runtime.channel import Decision, Offer, channel_path, decide, decode
 from runtime.errors import BundleError, FieldfitError, UpdateError
-from runtime.floor import Clock, Floor, Floors, Seen, check_metadata, judge_clock
+from runtime.floor import Clock, Floor, Floors, Seen, check_metadata, judge_clock, merge
 from runtime.private_files import Lock
 from runtime.slots import Slot, Slots
 
@@ -40,7 +41,6 @@ _SPARE_BYTES = 16 * 1024 * 1024
 """Left free by a download: what is inspected meanwhile must find room for its results."""
 _MAX_SETTINGS_BYTES = 64 * 1024
 _MAX_ROOT_BYTES = 512_000
-_CHUNK = 1 << 20
 
 Progress = Callable[[int, int], object]
 """Told how many bytes of how many there are."""
@@ -182,30 +182,34 @@ class _Run:
         self._online = urlsplit(settings.source).scheme != "file"
 
     def __call__(self, *, provision: bool, dry_run: bool) -> Outcome:
-        floor = self._floors.lift(Floor(version=self._slots.status().state.floor))
-        self._clock(floor)
+        floor = merge(self._floors.read(), Floor(version=self._slots.status().state.floor))
+        self._check_clock(judge_clock(self._now(), floor))
         updater = self._updater()
         if provision:
             atomic.write_bytes(self._state / TRUST, self._trust)
         updater.refresh()
         roles = _roles(self._state / METADATA)
-        trusted = _digest(self._trust)
+        trusted = hashlib.sha256(self._trust).hexdigest()
         seen = Seen(roles["root"].version, roles["targets"].version)
         check_metadata(floor, trusted, seen)
         offer = self._offer(updater)
-        # Nobody but holders of offline keys can say when it is; and not later than all expires.
+        # Only holders of offline keys can say how late it is, and not later than all expires.
         signed = min(offer.published, *(role.expires for role in roles.values()))
         reached = Floor(time=int(signed.timestamp()), metadata={trusted: seen})
-        clock = self._clock(self._floors.lift(reached))
-        _check_fresh(roles, clock, self._now())
-        if not clock.wrong:
-            self._floors.lift(Floor(time=int(clock.reference.timestamp())))
+        clock = judge_clock(self._now(), merge(floor, reached))
+        stale = _stale(roles, clock)
+        if not (stale or clock.wrong):
+            reached = merge(reached, Floor(time=int(clock.reference.timestamp())))
+        floor = self._floors.lift(merge(floor, reached))
+        self._check_clock(clock)
+        if stale:
+            raise UpdateError(_expired(stale, self._now()))
         if provision or not (self._state / SETTINGS).exists():
             atomic.write_bytes(self._state / SETTINGS, msgspec.json.encode(self._settings))
         decision = decide(
             offer,
             self._slots.status().state,
-            floor=self._floors.read().version,
+            floor=floor.version,
             only_higher=clock.wrong,
             device=self._device,
         )
@@ -218,15 +222,13 @@ class _Run:
             received=self._transport.received,
         )
 
-    def _clock(self, floor: Floor) -> Clock:
-        clock = judge_clock(self._now(), floor)
+    def _check_clock(self, clock: Clock) -> None:
         if clock.wrong and self._online:
             raise UpdateError(
                 f"the clock of this device says {self._now():%Y-%m-%d %H:%M}, and it has been "
                 f"{clock.reference:%Y-%m-%d %H:%M} already, so that old updates would look new; "
                 "set the clock, or update from a stick: fieldfit update --from file:///PATH"
             )
-        return clock
 
     def _updater(self) -> "Updater":
         from tuf.api.exceptions import RepositoryError
@@ -397,11 +399,13 @@ def _roles(folder: Path) -> dict[str, _Role]:
     return {role: _Role(data.version, data.expires) for role, data in signed.items()}
 
 
-def _check_fresh(roles: Mapping[str, _Role], clock: Clock, now: datetime.datetime) -> None:
-    """Against the floor, too: python-tuf knows the clock alone."""
-    for name, role in roles.items():
-        if role.expires <= clock.reference:
-            raise UpdateError(_expired(f"{name} expired on {role.expires:%Y-%m-%d}", now))
+def _stale(roles: Mapping[str, _Role], clock: Clock) -> str:
+    """What has expired, by the floor, too: python-tuf knows the clock alone."""
+    return ", ".join(
+        f"{name} expired on {role.expires:%Y-%m-%d}"
+        for name, role in roles.items()
+        if role.expires <= clock.reference
+    )
 
 
 def _expired(what: str, now: datetime.datetime) -> str:
@@ -409,12 +413,6 @@ def _expired(what: str, now: datetime.datetime) -> str:
         f"the source is out of date: {what}, and the clock of this device says {now:%Y-%m-%d}; "
         "publish again, copy the newest repository, or set the clock"
     )
-
-
-def _digest(trust: bytes) -> str:
-    import hashlib
-
-    return hashlib.sha256(trust).hexdigest()
 
 
 def _mismatch() -> type[Exception]:
