@@ -4,6 +4,7 @@ import datetime
 import io
 import json
 import os
+import resource
 import shutil
 import sys
 import zipfile
@@ -322,8 +323,9 @@ def test_refresh_renews_with_the_online_key_alone_and_only_when_due(site: Site, 
     assert site.run("refresh", keys=[site.stick("online", "online")]) == 0
     assert "nothing to renew" in says()
     assert site.tree() == before
-    later = now() + 16 * DAY
     repository = Repository.read(site.repo)
+    later = repository.timestamp.signed.expires - 13.5 * DAY
+    assert why_renew(repository, 30, later - 2 * DAY) is None
     assert why_renew(repository, 30, later) == "13 days left"
     assert why_renew(repository, 30, later + 30 * DAY) == "expired"
     held = Ring([site.folder / "online"], passphrases(None))
@@ -366,7 +368,7 @@ def test_keys_show_names_keys_thresholds_and_days(site: Site, says: Says) -> Non
     assert roles["root v1"]["threshold"] == "2 of 3"
     assert roles["root v1"]["keys"].split() == site.fingerprints("root")
     assert roles["timestamp v1"]["keys"].split() == site.fingerprints("online")
-    assert roles["snapshot v1"]["left"] == "29 days"
+    assert roles["snapshot v1"]["left"] in ("29 days", "30 days")
     assert site.run("keys show", keys=[]) == 0
     assert "root v1 2 of 3" in says()
 
@@ -452,7 +454,7 @@ REFUSALS = {
         _remove("repo/metadata/2.targets.json"), "targets.json of version 2 is missing"
     ),
     "channel file lost": Refusal(_remove("repo/targets/channels/*"), "line.json: missing"),
-    "no repository": Refusal(
+    "no root": Refusal(
         lambda site: shutil.rmtree(site.repo / "metadata"), "expected a repository, found no root"
     ),
 }
@@ -469,6 +471,45 @@ def test_a_mistake_is_one_line_and_changes_nothing(site: Site, says: Says, mista
     assert REFUSALS[mistake].says in said
     assert "Traceback" not in said
     assert site.tree() == before
+
+
+def test_a_place_that_is_no_repository_is_named(site: Site, says: Says) -> None:
+    shutil.rmtree(site.repo)
+    assert site.publish("1.0") == 1
+    assert "expected a repository's folder" in says()
+    assert not site.repo.exists()
+    site.repo.write_bytes(b"hello")
+    assert site.publish("1.0") == 1
+    assert "expected a repository's folder" in says()
+
+
+def test_a_missing_passphrase_file_is_named(site: Site, says: Says) -> None:
+    assert site.publish("1.0", "--passphrase-file", "nowhere") == 1
+    assert "nowhere: no such file" in says()
+
+
+def test_a_stick_with_only_public_halves_hides_no_key(site: Site) -> None:
+    public = site.stick("public", "root", "targets", "online")
+    for path in public.glob("*.pem"):
+        path.unlink()
+    words = (site.bundle("1.0"), "--channel", "line")
+    assert site.run("publish", *words, keys=[site.keys, public]) == 0
+
+
+def test_a_full_disk_leaves_the_old_state_and_one_line(site: Site, says: Says) -> None:
+    """The limit on file sizes is the one kind of full disk that needs no privileges."""
+    site.publish("1.0")
+    path = site.folder / "tiny-2.0.zip"
+    path.write_bytes(tiny_bundle("2.0", padding=200_000))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        assert site.run("publish", path, "--channel", "line") == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in says()
+    assert site.get().version == "1.0"
+    assert site.run("publish", path, "--channel", "line") == 0
 
 
 def test_two_do_not_publish_at_once(site: Site, says: Says) -> None:

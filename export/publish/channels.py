@@ -64,13 +64,13 @@ def publish(
         raise ExportError(
             f"{archive}: expected a bundle's zip; `make export` writes NAME-VERSION.zip"
         )
+    file = File.copy_of(archive, archive.name)  # first, so that what is verified is what is signed
     manifest = Bundle.open(archive).manifest
     if not manifest.adaptation.verified and not allow_unverified:
         raise ExportError(
             f"{archive}: {manifest.adaptation}; label more field images, or say --allow-unverified"
         )
     path = bundle_path(manifest.name, manifest.version)
-    file = File.copy_of(archive, path)
     release = _Release(manifest.name, manifest.version, target_file(path, file))
     taken = repository.target(path)
     if taken is not None and taken.hashes != release.target.hashes:
@@ -79,7 +79,7 @@ def publish(
             f"({taken.hashes['sha256'][:12]}); raise version in the recipe's [export]"
         )
     _check_rising(repository, channel, release)
-    return _offer(repository, channel, release, cohort, now, file=file)
+    return _offer(repository, channel, release, cohort, now, file=file._replace(path=path))
 
 
 def promote(

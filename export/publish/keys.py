@@ -118,7 +118,9 @@ class Ring:
             if not files:
                 raise ExportError(f"{folder}: expected a folder with keys, found no *.pub there")
             for file in files:
-                self._files[read_public(file).keyid] = file.with_suffix(".pem")
+                keyid = read_public(file).keyid
+                if not self.has(keyid):
+                    self._files[keyid] = file.with_suffix(".pem")
 
     def has(self, keyid: str) -> bool:
         """Whether the private half of this key is here."""
@@ -167,7 +169,10 @@ def passphrases(file: Path | None) -> Passphrase:
 
     def ask(name: str, new: bool) -> bytes:
         if file is not None:
-            return file.read_bytes().rstrip(b"\r\n")
+            try:
+                return file.read_bytes().rstrip(b"\r\n")
+            except FileNotFoundError:
+                raise ExportError(f"{file}: no such file; expected the keys' passphrase") from None
         if PASSPHRASE in os.environ:
             return os.environ[PASSPHRASE].encode()
         if not sys.stdin.isatty():

@@ -180,16 +180,14 @@ class Repository:
             ) from error
         return path
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other publishers out meanwhile. Raises ExportError if one is at work."""
-        with locked(self.folder):
-            yield
-
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep other publishers out of ``folder``. Raises ExportError if one is at work."""
+    if not folder.is_dir():
+        raise ExportError(
+            f"{folder}: expected a repository's folder; `python -m export keys init` makes one"
+        )
     lock = Lock.attempt(folder / LOCK)
     if lock is None:
         raise ExportError(
