@@ -109,10 +109,10 @@ def healthy_canaries(
 
 
 def span(time: datetime.timedelta) -> str:
-    """A time for people, in its largest unit: ``45 s``, ``12 min``, ``3 h``, ``8 days``."""
+    """A time for people, in the largest unit that it has two of: ``90 s``, ``24 h``, ``8 days``."""
     seconds = max(0, int(time.total_seconds()))
     for size, unit in ((86_400, "days"), (3_600, "h"), (60, "min")):
-        if seconds >= 2 * size or (size < 86_400 and seconds >= size):
+        if seconds >= 2 * size:
             return f"{seconds // size} {unit}"
     return f"{seconds} s"
 

@@ -57,7 +57,7 @@ def healthy(device: str = "0" * 32, name: str = "line 1", **changes: Any) -> Sta
             expires={role: NOW + 2 * notice for role, notice in SOON.items()},
             outcome="nothing new",
             version_floor="1.2.0",
-            time_floor=ago(days=1),
+            time_floor=ago(days=30),
         ),
     )  # fmt: skip
     return msgspec.structs.replace(status, **changes)
