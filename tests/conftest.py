@@ -1,5 +1,6 @@
 """What many tests share: small labelled pictures, and one trained and exported quick recipe."""
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from runtime.private_files import Lock
+
 if (_worker := os.environ.get("PYTEST_XDIST_WORKER")) is not None:
     # A core for each worker, and for what it starts: threads of two that share theirs would spend
     # their time waiting for each other.
@@ -19,7 +22,7 @@ if (_worker := os.environ.get("PYTEST_XDIST_WORKER")) is not None:
 
 _cache = tempfile.TemporaryDirectory(prefix="fieldfit-cache-")
 os.environ["FIELDFIT_CACHE"] = _cache.name
-"""For every test and every process that one starts: the user's own cache is no business of theirs."""
+"""For every test and every process that one starts; the user's own is no business of theirs."""
 
 
 def draw(class_index: int, number: int, size: int = 32) -> Image.Image:
@@ -60,18 +63,28 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     Tests only read it; one that changes something works on ``bundle`` or a copy of its own.
     """
+    run = tmp_path_factory.getbasetemp()
+    if _worker is not None:
+        run = run.parent  # each worker has a folder of its own in that of the run
+    folder = run / "quick"
+    with contextlib.closing(Lock.acquire(run / "quick.lock", lambda _: None)):
+        if not (folder / "made").exists():
+            _train_and_export(folder)
+            (folder / "made").touch()
+    return folder
+
+
+def _train_and_export(folder: Path) -> None:
+    from export import pipeline
     from export.__main__ import main as export
     from train.__main__ import main as train
 
-    folder = tmp_path_factory.mktemp("quick")
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(pipeline, "TIMED_SECONDS", 0.5)  # no test looks at the times
         assert train([str(QUICK)]) == 0
         assert export([str(QUICK)]) == 0
-    finally:
-        os.chdir(before)
-    return folder
 
 
 @pytest.fixture

@@ -186,7 +186,7 @@ def test_export_before_training_or_with_another_recipe(
     assert "run `python -m train RECIPE` first" in fails(export, QUICK, capsys)
     shutil.copytree(quick / "build/quick/train", here / "build/quick/train")
     other = here / "other.toml"
-    other.write_text(QUICK.read_text().replace("[64, 64]", "[96, 96]"))
+    other.write_text(QUICK.read_text().replace("[48, 48]", "[96, 96]"))
     assert "trained with another [input]" in fails(export, other, capsys)
     other.write_text(QUICK.read_text().replace("epochs = 1", "epochs = 2", 1))
     assert "[source], [train] or fieldfit changed since training" in fails(export, other, capsys)
