@@ -109,7 +109,7 @@ def measure(options: Options) -> Report:
     tables, figures = [], dict[str, object]()
     for name, case in networks.items():
         judge = Judge.of(case, "test", limit=QUICK if options.quick else None)
-        scores = forms(case, judge, quick=options.quick)
+        scores = forms(name, case, judge, quick=options.quick)
         tables.append(forms_table(name, case, judge, scores))
         figures[name] = [
             {"engine": engine, "form": form, "seed": seed, **score._asdict()}
@@ -172,7 +172,7 @@ def run_ours(graph: "onnx.ModelProto", images: UInt8) -> Floats:
         return logits_of(engine, images, BATCH)
 
 
-def forms(case: Case, judge: Judge, *, quick: bool) -> "Scores":
+def forms(network: str, case: Case, judge: Judge, *, quick: bool) -> "Scores":
     """The score of each form, by engine, name and seed.
 
     Peers, and ours without the ladder, are calibrated on the images that ours chooses with the
@@ -188,6 +188,8 @@ def forms(case: Case, judge: Judge, *, quick: bool) -> "Scores":
     for seed, (calibration, images) in calibrations.items():
         ladder = PrecisionLadder(material_of(case.graph, calibration, case.spec), lambda _: None)
         for engine, form in FORMS.items():
+            if seed != SEEDS[0] and (network, engine) not in BARS:
+                continue  # one seed shows the order of magnitude
             rung, said = released(ladder, form, runs[engine], validation, judge)
             logits = runs[engine](rung.emitted.model, judge.images)
             scores[engine, RELEASED, seed] = judge.score(logits, said)
