@@ -30,7 +30,9 @@ from runtime.fleet import write_key, write_report
 from runtime.manifest import decode as decode_manifest
 from runtime.manifest import encode as encode_manifest
 from runtime.private_files import Lock
+from runtime.slots import Slots
 from runtime.status_document import BundleStatus, sign_status
+from runtime.update import Request, update
 from tests.signed_devices import healthy, moment, new_identity
 from tests.update_repository import Server, tiny_bundle
 
@@ -755,3 +757,25 @@ def test_new_keys_without_the_old_one_can_be_installed_again(site: Site) -> None
         if main(install) == 1:  # it was through already
             assert Repository.read(site.repo).root.version == 2
         assert site.get(f"device{at}").version == "1.0"
+
+
+def test_a_device_takes_what_is_published_and_what_is_rolled_back(site: Site) -> None:
+    """``fieldfit update`` itself, from the publisher's folder."""
+    state = site.folder / "state"
+
+    def staged(root: bytes | None = None) -> str:
+        request = Request(source=site.repo.as_uri(), channel="line", root=root)
+        assert update(state, request, device="0" * 32, now=now).outcome == "staged"
+        slots = Slots(state)
+        slots.begin_try()
+        slots.commit()
+        current = slots.current()
+        assert current is not None
+        return current.version
+
+    site.publish("1.0")
+    assert staged(site.trust.read_bytes()) == "1.0"
+    site.publish("2.0")
+    assert staged() == "2.0"
+    site.run("rollback", "--channel", "line", "--to", "1.0")
+    assert staged() == "1.0"
