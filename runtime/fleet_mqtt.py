@@ -46,7 +46,8 @@ class Address(NamedTuple):
         except ValueError:
             parts, port = urlsplit(""), None
         topic = parts.path.strip("/")
-        if parts.scheme not in SCHEMES or not parts.hostname or not topic or set("#+\0") & {*topic}:
+        odd = parts.query or text.endswith("#") or parts.fragment or set("+\0") & {*topic}
+        if parts.scheme not in SCHEMES or not parts.hostname or not topic or odd:
             raise FleetError(f"expected mqtt://host/topic or mqtts://host/topic, got {text}")
         return cls(
             parts.hostname, port or _PORTS[parts.scheme], topic, parts.scheme == "mqtts",

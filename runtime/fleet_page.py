@@ -22,17 +22,21 @@ _SIGNS: dict[Level, str] = {"failing": "✕", "unknown": "?", "attention": "!", 
 def cells(row: Row, now: datetime.datetime) -> tuple[str, ...]:
     """The row's texts, in the order of COLUMNS and without its reasons."""
     status = row.status
-    name = row.name or "unknown"
-    if status is None:
-        return (f"{name} ({row.device[:12]})", row.health.level, "–", "–", "–", "–")
-    return (
-        f"{name} ({row.device[:12]})",
-        row.health.level,
-        _bundle(status),
-        _engine(status),
-        _age(status, now),
-        _expires(status, now),
-    )
+    who = f"{row.name} ({row.device[:8]})" if row.name else f"refused: {row.device}"
+    facts = ("–",) * 4
+    if status is not None:
+        facts = (_bundle(status), _engine(status), _age(status, now), _expires(status, now))
+    return tuple(map(printable, (who, row.health.level, *facts)))
+
+
+def reasons(row: Row) -> list[str]:
+    """Why the row's level is no better."""
+    return list(map(printable, row.health.reasons))
+
+
+def printable(text: str) -> str:
+    """``text`` without what would change a terminal, or the order in which text is read."""
+    return "".join(character if character.isprintable() else "�" for character in text)
 
 
 def table(fleet: Fleet, now: datetime.datetime) -> str:
@@ -41,16 +45,18 @@ def table(fleet: Fleet, now: datetime.datetime) -> str:
     widths = [max(len(line[index]) for line in [COLUMNS, *body]) for index in range(len(COLUMNS))]
     lines = [_line(COLUMNS, widths)]
     for row, line in zip(fleet.rows, body, strict=True):
-        lines += [_line(line, widths), *(f"    {reason}" for reason in row.health.reasons)]
+        lines += [_line(line, widths), *(f"    {reason}" for reason in reasons(row))]
     return "\n".join([*lines, "", summary(fleet)])
 
 
 def summary(fleet: Fleet) -> str:
-    """How many devices are how: ``3 devices: 1 failing, 2 healthy``."""
-    counts = Counter(row.health.level for row in fleet.rows)
-    parts = [f"{counts[level]} {level}" for level in LEVELS if counts[level]]
-    total = len(fleet.rows)
-    return f"{total} {'device' if total == 1 else 'devices'}: {', '.join(parts) or 'none enrolled'}"
+    """How many devices are how: ``3 devices: 1 failing, 2 healthy; 1 document refused``."""
+    devices = [row for row in fleet.rows if row.name]
+    counts = Counter(row.health.level for row in devices)
+    parts = ", ".join(f"{counts[level]} {level}" for level in LEVELS if counts[level])
+    total = f"{_count(len(devices), 'device')}: {parts or 'none enrolled'}"
+    refused = len(fleet.rows) - len(devices)
+    return f"{total}; {_count(refused, 'document')} refused" if refused else total
 
 
 def page(fleet: Fleet, now: datetime.datetime, title: str) -> str:
@@ -72,9 +78,13 @@ def _line(texts: Sequence[str], widths: Sequence[int]) -> str:
     return "  ".join(text.ljust(width) for text, width in zip(texts, widths, strict=True)).rstrip()
 
 
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def _bundle(status: Status) -> str:
     bundle = status.bundle
-    return f"{bundle.name} {bundle.version} ({bundle.sha256[:12]})" if bundle else "none"
+    return f"{bundle.name} {bundle.version} ({bundle.sha256[:8]})" if bundle else "none"
 
 
 def _engine(status: Status) -> str:
@@ -90,11 +100,13 @@ def _age(status: Status, now: datetime.datetime) -> str:
 
 
 def _expires(status: Status, now: datetime.datetime) -> str:
-    """The first expiry of its metadata, in days."""
+    """The first expiry of its metadata."""
     if status.update is None or not status.update.expires:
         return "–"
     role, first = min(status.update.expires.items(), key=lambda item: item[1])
-    return f"{(first - now).days} days ({role})"
+    if first < now:
+        return f"{span(now - first)} ago ({role})"
+    return f"in {span(first - now)} ({role})"
 
 
 def _html_row(row: Row, now: datetime.datetime) -> str:
@@ -105,12 +117,12 @@ def _html_row(row: Row, now: datetime.datetime) -> str:
     if row.status:
         seen = row.status.moment.seen
         texts[4] = f'<time datetime="{seen.isoformat(timespec="seconds")}">{texts[4]}</time>'
-    reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in row.health.reasons)
+    listed = "".join(f"<li>{html.escape(reason)}</li>" for reason in reasons(row))
     columns = [
         f'<td data-label="{column}">{text}</td>'
         for column, text in zip(COLUMNS[1:], texts[1:], strict=True)
     ]
-    why = f"<ul>{reasons}</ul>" if reasons else "none"
+    why = f"<ul>{listed}</ul>" if listed else "none"
     return (
         f'<tr><th scope="row">{texts[0]}</th>{"".join(columns)}'
         f'<td data-label="reasons">{why}</td></tr>'
@@ -166,6 +178,7 @@ th, td { text-align: left; vertical-align: top; padding: .6rem .75rem;
   border-bottom: 1px solid var(--line); overflow-wrap: anywhere; }
 thead th { color: var(--soft); font-weight: 600; white-space: nowrap; }
 tbody th { font-weight: 600; min-width: 11rem; }
+tbody td { min-width: 7.5rem; }
 ul { margin: 0; padding-left: 1.1rem; }
 .level { font-weight: 600; white-space: nowrap; }
 .failing { color: var(--failing); } .unknown { color: var(--unknown); }
