@@ -18,8 +18,8 @@ TORCH = {"torch", "torchvision", "timm", "safetensors"}
 MAY_USE_TORCH = {"train", "export"}
 BASE = {"numpy", "PIL", "msgspec", "tqdm", "onnxruntime"}
 """What a device installs; pyproject's dependencies by their import names."""
-FLEET = {"tuf", "securesystemslib", "cryptography", "urllib3"}
-"""What the extra ``fleet`` brings."""
+FLEET = {"tuf", "securesystemslib", "cryptography", "urllib3", "paho"}
+"""What the extras ``fleet`` and ``mqtt`` bring."""
 LAZY = {"tensorrt", "tensorrt_rtx", "tomllib", "tomli"} | FLEET
 """What runtime may import inside a function: a device may have it."""
 
