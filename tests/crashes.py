@@ -6,6 +6,7 @@ It knows nothing of what the function does.
 
 import ctypes
 import functools
+import itertools
 import os
 import shutil
 import subprocess
@@ -27,7 +28,6 @@ class Ended(NamedTuple):
     """How a round ended."""
 
     call: int
-    killed: bool
     message: str
     """Of the exception, if there was one."""
 
@@ -64,30 +64,36 @@ def rounds(mode: Mode, prepare: Callable[[], object], act: Callable[[], object])
 
     The caller looks at the files before it asks for the next.
     """
-    control = ctypes.CDLL(None)
-    call = 0
-    while True:
-        call += 1
+    for call in itertools.count(1):
         prepare()
-        ear, mouth = os.pipe()
-        child = os.fork()
-        if child == 0:
-            control.crash_at(ctypes.c_long(call), mode == "full")
-            message = ""
-            try:
-                act()
-            except BaseException as error:
-                message = f"{type(error).__name__}: {error}"
-            calls = control.crash_calls()
-            control.crash_at(ctypes.c_long(0), 0)
-            os.write(mouth, message.encode())
-            os._exit(0 if calls < call else 3)
-        os.close(mouth)
-        with os.fdopen(ear) as said:
-            message = said.read()
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        assert code in (0, 3, 9), code
-        if code == 0:
-            assert not message, message
+        ended = _without_room(call, act) if mode == "full" else _killed(call, act)
+        if ended is None:
             return
-        yield Ended(call, code == 9, message)
+        yield ended
+
+
+def _killed(call: int, act: Callable[[], object]) -> Ended | None:
+    """None if ``act`` ended before its n-th call."""
+    child = os.fork()
+    if child == 0:
+        _control.crash_at(ctypes.c_long(call), 0)
+        act()
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, 9), code
+    return Ended(call, "") if code else None
+
+
+def _without_room(call: int, act: Callable[[], object]) -> Ended | None:
+    message = ""
+    _control.crash_at(ctypes.c_long(call), 1)
+    try:
+        act()
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+    calls = _control.crash_calls()
+    _control.crash_at(ctypes.c_long(0), 0)
+    return Ended(call, message) if calls >= call else None
+
+
+_control = ctypes.CDLL(None)  # where LD_PRELOAD has put the functions of crash_at.c

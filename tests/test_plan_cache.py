@@ -31,6 +31,7 @@ from runtime.engines.plan_cache import (
     supersedes,
 )
 from runtime.private_files import Lock
+from tests.mounts import mounting
 from tests.plan_files import KEY, NOBODY, changed, keep, make_plan, never
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -734,14 +735,6 @@ def test_a_folder_that_may_not_be_made_is_a_sentence() -> None:
         folder.chmod(0o555)
         sentence = f"{folder / 'new'}: Permission denied"
         assert run(AS_NOBODY + ANSWERS, folder / "new") == [sentence] * 3 + ["no plan yet"]
-
-
-def mounting(how: str) -> list[str]:
-    """What to put before a command so that ``how`` is done in a mount namespace of its own."""
-    before = ["unshare", "--map-root-user", "--mount", "sh", "-c", f'{how} && exec "$@"', "sh"]
-    if subprocess.run([*before, "true"], capture_output=True).returncode:
-        pytest.skip("this machine gives no mount namespace")
-    return before
 
 
 def test_a_full_disk_is_a_sentence_and_leaves_nothing(tmp_path: Path) -> None:
