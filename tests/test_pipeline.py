@@ -27,7 +27,8 @@ from runtime.manifest import Quality
 from runtime.preprocess import preprocess_batch
 from runtime.recipe import GateSettings, load_recipe
 from train.__main__ import main as train
-from train.checkpoint import read_checkpoint
+from train.checkpoint import CheckpointFacts, read_checkpoint
+from train.model import ImageClassifier
 from train.record import Training
 
 QUICK = Path(__file__).resolve().parent.parent / "train" / "recipes" / "quick.toml"
@@ -210,15 +211,29 @@ def test_calibration_saw_training_images_only(build: Path) -> None:
     assert table.images == 32
 
 
+@pytest.fixture
+def again(build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A build folder to export in once more; the checkpoint's graph and table are there already."""
+    folder = tmp_path / "build" / "quick"
+    for room in ("train", "calibration"):
+        shutil.copytree(build / room, folder / room)
+    graphs = iter([onnx.load(build / "calibration" / "fp32.onnx")])
+
+    def first_known(model: ImageClassifier, facts: CheckpointFacts) -> onnx.ModelProto:
+        return next(graphs, None) or to_onnx(model, facts)
+
+    monkeypatch.setattr(pipeline, "to_onnx", first_known)
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
 def test_nothing_is_released_if_the_graph_is_not_the_checkpoint(
-    quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    again: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A graph with one damaged weight must not leave the house."""
-    shutil.copytree(quick / "build/quick/train", tmp_path / "build/quick/train")
-    monkeypatch.chdir(tmp_path)
 
-    def damaged(*arguments: object) -> onnx.ModelProto:
-        graph = to_onnx(*arguments)  # type: ignore[arg-type]
+    def damaged(*_: object) -> onnx.ModelProto:
+        graph = onnx.load(again / "calibration" / "fp32.onnx")
         weight = next(t for t in graph.graph.initializer if t.name == "backbone.conv_stem.weight")
         values = onnx.numpy_helper.to_array(weight) * 1.02
         weight.CopyFrom(onnx.numpy_helper.from_array(values.astype(np.float32), weight.name))
@@ -228,17 +243,13 @@ def test_nothing_is_released_if_the_graph_is_not_the_checkpoint(
     assert export([str(QUICK)]) == 1
     error = capsys.readouterr().err
     assert "the fp32 ONNX graph is not the checkpoint" in error
-    assert sorted(p.name for p in (tmp_path / "build/quick").iterdir()) == ["train"]
+    assert sorted(path.name for path in again.iterdir()) == ["calibration", "train"]
 
 
 def test_a_form_that_cannot_be_made_is_refused_and_the_others_go_on(
-    build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    again: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from export import precision_ladder
-
-    for room in ("train", "calibration"):
-        shutil.copytree(build / room, tmp_path / "build/quick" / room)
-    monkeypatch.chdir(tmp_path)
 
     def broken(*_: object, **__: object) -> Emitted:
         raise ExportError("no such kernel")
@@ -253,9 +264,9 @@ def test_a_form_that_cannot_be_made_is_refused_and_the_others_go_on(
     error = capsys.readouterr().err
     assert "int8 is not in the bundle: no layer is left to quantize" in error
     assert "int8-cpu is not in the bundle: no such kernel" in error
-    bundle = Bundle.open(tmp_path / "build/quick/bundle")
+    bundle = Bundle.open(again / "bundle")
     assert [artifact.form for artifact in bundle.manifest.artifacts] == ["fp32", "fp16"]
-    assert not (tmp_path / "build/quick/bundle/int8-cpu.onnx").exists()
+    assert not (again / "bundle" / "int8-cpu.onnx").exists()
 
 
 def recipe_with(folder: Path, *, forms: tuple[str, ...], min_sqnr_db: float = 8.0) -> Path:
@@ -267,7 +278,7 @@ def recipe_with(folder: Path, *, forms: tuple[str, ...], min_sqnr_db: float = 8.
 
 
 def test_a_form_over_budget_is_refused_after_every_rung(
-    build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    again: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And no bundle is written without the form, unless its owner says so."""
     from export import precision_ladder, teach
@@ -276,18 +287,13 @@ def test_a_form_over_budget_is_refused_after_every_rung(
     shortly = functools.partial(quantize_aware, steps=6)
     monkeypatch.setattr(teach, "quantize_aware", shortly)
     monkeypatch.setattr(precision_ladder, "BUDGETS", (0.1, 0.3, 1.5))
-    for room in ("train", "calibration"):
-        shutil.copytree(build / room, tmp_path / "build/quick" / room)
-    monkeypatch.chdir(tmp_path)
     strict = recipe_with(tmp_path, forms=("int8-cpu",), min_sqnr_db=60.0)
     assert export([str(strict)]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert "no INT8 for onnxruntime on a CPU: int8-cpu was refused: SQNR" in error
     assert "--allow-fp16-only" in error
-    assert not (tmp_path / "build/quick/bundle").exists()
-    release = msgspec.json.decode(
-        (tmp_path / "build/quick/release.json").read_bytes(), type=Release
-    )
+    assert not (again / "bundle").exists()
+    release = msgspec.json.decode((again / "release.json").read_bytes(), type=Release)
     report = release.forms[-1]
     assert not report.released
     assert "< 60 dB" in report.reason
