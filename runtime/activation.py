@@ -29,9 +29,6 @@ DEADLINE_S = 1800.0
 """For a proof in all. A first build takes minutes on a small board, and the slot that answers now
 does so meanwhile: patience costs nothing."""
 
-SECONDS = 4.0
-"""For which each bundle is timed: some hundreds of calls of a model that is of use on a line."""
-
 _LIMITS = "limits.json"
 _MAX_LIMITS_BYTES = 64 * 1024
 
@@ -83,7 +80,6 @@ def prove(
     limits: Limits | None = None,
     request: Request | None = None,
     deadline_s: float = DEADLINE_S,
-    seconds: float = SECONDS,
     started: Callable[["subprocess.Popen[bytes]"], object] = lambda process: None,
 ) -> Proof:
     """Open ``slot`` in a process of its own, replay its golden samples, time it, and judge.
@@ -101,7 +97,6 @@ def prove(
         require=limits.require or request.require,
         threads=request.threads,
         device=request.device,
-        seconds=seconds,
     )
     start = time.monotonic()
     outcome = _run(task, deadline_s, started)

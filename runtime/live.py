@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from runtime.activation import DEADLINE_S, SECONDS, Limits, kept_limits, prove
+from runtime.activation import DEADLINE_S, Limits, kept_limits, prove
 from runtime.candidates import Request
 from runtime.classifier import Answer, Classifier
 from runtime.errors import BundleError, DataError, EngineError, FieldfitError, UpdateError
@@ -157,8 +157,7 @@ class LiveClassifier:
     """The classifier of a device whose slots change. It serves one thread at a time.
 
     ``folder`` is the device's state folder. ``request`` says which engine may run, ``stability``
-    how long a new slot is on trial; ``deadline_s`` and ``seconds`` are those of ``prove``, and
-    ``clock`` is monotonic.
+    how long a new slot is on trial; ``deadline_s`` is that of ``prove``, and ``clock`` is monotonic.
 
     Of several on one folder the first brings new slots to trial; the others follow once they are
     committed.
@@ -174,13 +173,12 @@ class LiveClassifier:
         request: Request | None = None,
         stability: Stability | None = None,
         deadline_s: float = DEADLINE_S,
-        seconds: float = SECONDS,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._slots = Slots(Path(folder))
         self._request = request or Request()
         self._stability = stability or Stability()
-        self._deadline_s, self._seconds, self._clock = deadline_s, seconds, clock
+        self._deadline_s, self._clock = deadline_s, clock
         self._closing = False
         self._proof: subprocess.Popen[bytes] | None = None
         self._lead: Lock | None = None
@@ -368,7 +366,7 @@ class LiveClassifier:
         try:
             proof = prove(
                 slot, beside=self._slots.current(), limits=kept_limits(slot),
-                request=self._request, deadline_s=self._deadline_s, seconds=self._seconds,
+                request=self._request, deadline_s=self._deadline_s,
                 started=self._started,
             )  # fmt: skip
             if self._closing:

@@ -10,14 +10,21 @@ import logging
 import os
 import signal
 import sys
+import time
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import msgspec
 
 from runtime.candidates import EngineName
 from runtime.errors import BundleError, EngineError, EngineFault, FieldfitError
 from runtime.manifest import Minimum
+
+if TYPE_CHECKING:
+    from runtime.engines.engine import Engine, UInt8
+
+_CALLS, _SECONDS, _LEAST = 300, 4.0, 20
+"""Each bundle is timed for so many calls, or so long, but for no fewer calls than the last."""
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
@@ -48,8 +55,6 @@ class Task(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     require: Minimum | None
     threads: int | None
     device: int
-    seconds: float
-    """For which each of the two is timed."""
 
 
 class Findings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, tag=True):
@@ -64,7 +69,7 @@ class Findings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """One sentence for each candidate engine."""
     p50_ms: float
     p99_ms: float
-    """Wall time of one call at batch 1."""
+    """Wall time of one call at batch 1, of some hundreds."""
     beside_p50_ms: float | None
     """Of the bundle that answers now, measured right after."""
     beside_labels: tuple[str, ...] | None
@@ -104,7 +109,6 @@ def main() -> int:
 def _find(task: Task) -> Findings:
     import numpy as np
 
-    from runtime.benchmark import interleave
     from runtime.classifier import Classifier
 
     with Classifier.open(
@@ -113,7 +117,7 @@ def _find(task: Task) -> Findings:
     ) as slot:  # fmt: skip
         image = np.ascontiguousarray(slot.bundle.golden()["images"][:1])
         width = slot.engine.infer(image).logits.shape[1]
-        times = interleave([slot.engine], image, seconds=task.seconds)[0].wall_ms
+        times = _time(slot.engine, image)
         beside = _compare(task)
         return Findings(
             labels=slot.bundle.manifest.labels,
@@ -129,7 +133,6 @@ def _find(task: Task) -> Findings:
 
 def _compare(task: Task) -> _Beside:
     """The bundle that answers now: whatever ails it here is no fault of the new one's."""
-    from runtime.benchmark import interleave
     from runtime.bundle import Bundle
     from runtime.classifier import Classifier
 
@@ -143,10 +146,25 @@ def _compare(task: Task) -> _Beside:
             device=task.device, cache=task.beside.engines,
         ) as beside:  # fmt: skip
             images = beside.bundle.golden()["images"][:1]
-            times = interleave([beside.engine], images, seconds=task.seconds)[0].wall_ms
+            times = _time(beside.engine, images)
     except FieldfitError:
         return _Beside(labels)
     return _Beside(labels, times["p50"])
+
+
+def _time(engine: "Engine", image: "UInt8") -> dict[str, float]:
+    """Percentiles of the milliseconds of one call; the golden samples have warmed it up."""
+    import numpy as np
+
+    from runtime.metrics import percentiles_ms
+
+    taken: list[float] = []
+    end = time.perf_counter() + _SECONDS
+    while len(taken) < _LEAST or (len(taken) < _CALLS and time.perf_counter() < end):
+        start = time.perf_counter()
+        engine.infer(image)
+        taken.append(time.perf_counter() - start)
+    return percentiles_ms(np.array(taken))
 
 
 def _end_with(parent: int) -> None:

@@ -80,7 +80,7 @@ def live(device: Slots, clock: Clock) -> Iterator[LiveClassifier]:
 def opened(device: Slots, clock: Clock, deadline_s: float = PATIENCE_S) -> LiveClassifier:
     return LiveClassifier(
         device.folder, request=Request(threads=1), stability=Stability(60.0, ANSWERS),
-        deadline_s=deadline_s, seconds=0.02, clock=clock,
+        deadline_s=deadline_s, clock=clock,
     )  # fmt: skip
 
 
@@ -324,7 +324,7 @@ if point == "after the proof":
 if point == "at the commit":
     module.Slots.commit = die
 live = module.LiveClassifier(
-    folder, request=Request(threads=1), stability=module.Stability(0.0, 5), seconds=0.02
+    folder, request=Request(threads=1), stability=module.Stability(0.0, 5)
 )
 picture = np.full((24, 16, 3), 100, np.uint8)
 print(live(picture).version, flush=True)
