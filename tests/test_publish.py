@@ -34,7 +34,7 @@ from runtime.slots import Slots
 from runtime.status_document import BundleStatus, sign_status
 from runtime.update import Request, update
 from tests.signed_devices import healthy, moment, new_identity
-from tests.update_repository import Server, tiny_bundle
+from tests.update_repository import Forge, Server, tiny_bundle
 
 DAY = datetime.timedelta(days=1)
 
@@ -387,6 +387,22 @@ def test_a_repository_is_made_once(site: Site, says: Says) -> None:
     assert site.run("keys init") == 1
     assert "is a repository already" in says()
     assert site.tree() == before
+
+
+def test_a_ceremony_that_was_cut_short_is_held_again(site: Site, tmp_path: Path) -> None:
+    """The root is written last: without it nobody trusts what is there."""
+    site.trust.unlink()
+    assert site.run("keys init", keys=[tmp_path / "other"]) == 0
+    words = (site.bundle("1.0"), "--channel", "line")
+    assert site.run("publish", *words, keys=[tmp_path / "other"]) == 0
+    assert site.get().version == "1.0"
+
+
+def test_a_repository_of_other_tools_is_named(site: Site, says: Says) -> None:
+    shutil.rmtree(site.repo)
+    Forge(site.repo).publish("1.0")
+    assert site.publish("2.0") == 1
+    assert "was not made by `python -m export keys init`" in says()
 
 
 class Refusal(NamedTuple):

@@ -168,7 +168,7 @@ def _init(options: argparse.Namespace) -> int:
     if folder == repo or repo in folder.parents:
         raise ExportError(f"{options.keys}: lies in {options.repo}, which is copied to devices")
     check_files(options.repo)
-    if (options.repo / METADATA).exists():
+    if (options.repo / METADATA / "1.root.json").exists():  # what is written last
         raise ExportError(
             f"{options.repo}: is a repository already; `keys rotate` changes its keys"
         )

@@ -114,6 +114,8 @@ class Repository:
         targets = _read_newest(folder, judges, Targets)
         snapshot = _read_newest(folder, judges, Snapshot)
         timestamp = _read(folder, TIMESTAMP, Timestamp, judges)
+        if DAYS_FIELD not in snapshot.signed.unrecognized_fields:
+            raise ExportError(f"{folder}: was not made by `python -m export keys init`")
         if snapshot.signed.meta["targets.json"].version > targets.signed.version:
             raise ExportError(
                 f"{folder}: targets.json of version {snapshot.signed.meta['targets.json'].version} "
