@@ -134,6 +134,7 @@ def founded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def site(founded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
     monkeypatch.setenv(PASSPHRASE, "a secret")
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # no test here cuts the power
     monkeypatch.chdir(tmp_path)
     return Site(Path(shutil.copytree(founded, tmp_path / "site")))
 
@@ -203,9 +204,22 @@ def test_a_channel_goes_up_only_unless_it_is_rolled_back(site: Site, says: Says)
     assert (old.version, offer.version, offer.allow_lower) == ("1.10", "1.9", True)
     assert Repository.read(site.repo).targets.signed.version == 4
     assert site.publish("1.9.5") == 1, "devices that had 1.10 would not take it"
-    assert "has offered tiny 1.10" in says()
+    assert "has offered tiny 1.10, and devices take nothing lower, got 1.9.5; raise" in says()
     assert site.publish("1.11") == 0
     assert (site.get().version, site.get().allow_lower) == ("1.11", False)
+
+
+def test_a_rollback_goes_to_more_and_more_devices_and_to_another_version(site: Site) -> None:
+    for version in ("1.0", "1.1", "2.0"):
+        site.publish(version)
+    back = ("rollback", "--channel", "line", "--to")
+    assert site.run(*back, "1.0", "--cohort", "10") == 0
+    assert site.run(*back, "1.0") == 0
+    assert (site.get().version, site.get().percentage) == ("1.0", 100)
+    assert site.run(*back, "1.1") == 0
+    assert (site.get().version, site.get().allow_lower) == ("1.1", True)
+    assert site.publish("2.0") == 0, "what was taken back may be offered again"
+    assert (site.get().version, site.get().allow_lower) == ("2.0", False)
 
 
 def test_what_cannot_be_rolled_back_to_is_named(site: Site, says: Says) -> None:

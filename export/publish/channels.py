@@ -99,13 +99,14 @@ def roll_back(
 ) -> Plan:
     """Offer a lower version again, and let devices take it.
 
-    Raises ExportError if the repository has no such version or it is not lower.
+    Raises ExportError if the repository has no such version or the channel had none above it.
     """
     offered = current(repository, channel)
-    if version_key(version) >= version_key(offered.version):
+    had = highest(repository, channel)
+    if version_key(version) >= version_key(had):
         raise ExportError(
-            f"channel {channel}: offers {offered.name} {offered.version}, and {version} is not "
-            "lower; `python -m export publish` or `promote` offers what is higher"
+            f"channel {channel}: has offered up to {offered.name} {had}, and {version} is not "
+            "lower; `python -m export publish` or `promote` offers it"
         )
     target = repository.target(bundle_path(offered.name, version))
     if target is None:
@@ -148,10 +149,10 @@ def _release(repository: Repository, offer: Offer) -> _Release:
     return _Release(offer.name, offer.version, target)
 
 
-def highest(repository: Repository, channel: str) -> str | None:
-    """The highest version that ``channel`` has ever offered, or None if it is new."""
+def highest(repository: Repository, channel: str) -> str:
+    """The highest version that ``channel`` has ever offered; empty, below all, if it is new."""
     target = repository.target(channel_path(channel))
-    return None if target is None else str(target.custom[HIGHEST])
+    return "" if target is None else str(target.custom[HIGHEST])
 
 
 def _check_rising(repository: Repository, channel: str, release: _Release) -> None:
@@ -164,11 +165,13 @@ def _check_rising(repository: Repository, channel: str, release: _Release) -> No
             "model, take another channel"
         )
     had = highest(repository, channel)
-    if had is not None and version_key(release.version) < version_key(had):
+    if version_key(release.version) < version_key(had):
+        back = f"`python -m export rollback --channel {channel} --to {release.version}`"
+        known = release.version in versions(repository, release.name)
         raise ExportError(
             f"channel {channel}: has offered {release.name} {had}, and devices take nothing lower, "
-            f"got {release.version}; raise the version, or say `python -m export rollback "
-            f"--channel {channel} --to {release.version}` if going back is meant"
+            f"got {release.version}; raise the version"
+            + (f", or say {back} if going back is meant" if known else "")
         )
 
 
@@ -206,8 +209,7 @@ def _offer(
     if file is not None:
         files[file.path] = file
     targets = next_targets(repository, files, now)
-    had = highest(repository, channel)
-    top = max(filter(None, (had, release.version)), key=version_key)
+    top = max(highest(repository, channel), release.version, key=version_key)
     targets.targets[document.path].unrecognized_fields["custom"] = {HIGHEST: top}
     was = "nothing" if before is None else _words(before)
     return Plan(
