@@ -39,6 +39,9 @@ _MAX_STATE_BYTES = 1024 * 1024
 _BLOCK = 4096
 _SPARE_BYTES = 1024 * 1024
 """Left free by staging: the state must always find room."""
+_DAMAGE = {errno.ENOENT, errno.EIO, errno.EBADMSG, errno.EUCLEAN}
+"""Not there, or what file systems say of a medium that has lost it. Anything else that keeps a file
+from being read, such as a permission, is for somebody to mend and no reason to give up a slot."""
 _NAME = re.compile(r"[0-9a-f]{64}")
 _LEFTOVER = re.compile(rf"\.{_NAME.pattern}\..+")
 
@@ -126,7 +129,13 @@ class Slots:
         """The state as it is on disk, and what is wrong with it; changes nothing."""
         state, problems = self._read()
         found = {name: self._read_release(name) for name in sorted(self._names())}
-        unreadable = [why for why in found.values() if isinstance(why, str)]
+        if self._read()[0] != state:
+            return self.status()  # it changed meanwhile, and the slots perhaps with it
+        unreadable = [
+            why
+            for name, why in found.items()
+            if isinstance(why, str) and self._slots.joinpath(name).exists()
+        ]
         missing = [f"slot {name[:12]} is missing" for name in sorted(state.in_use() - set(found))]
         staged = [
             release
@@ -348,13 +357,18 @@ class Slots:
         try:
             data = (self._slots / sha256 / _RELEASE).read_bytes()
             return msgspec.json.decode(data, type=Release)
-        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            return f"slot {sha256[:12]} is damaged: {error}"
+        except OSError as error:
+            if error.errno not in _DAMAGE:
+                raise
             return f"slot {sha256[:12]} is damaged: {error}"
 
     def _checked(self, sha256: str) -> Release:
         """What slot ``sha256`` holds, every byte of it checked.
 
-        Raises UpdateError if it is not there, or not whole.
+        Raises UpdateError if it is not there, or not whole, and whatever else keeps it from being
+        read: too many open files are no damage.
         """
         if sha256 not in self._names():
             raise UpdateError(f"no slot {sha256[:12]}; put a bundle into one with fieldfit stage")
@@ -364,6 +378,8 @@ class Slots:
         try:
             manifest = Bundle.open(self._slots / sha256 / "bundle").manifest
         except BundleError as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno not in _DAMAGE:
+                raise
             raise UpdateError(f"slot {sha256[:12]} is damaged: {error}; stage it again") from error
         if (release.sha256, release.manifest) != (sha256, manifest.digest):
             raise UpdateError(f"slot {sha256[:12]} holds another bundle; stage it again")
@@ -409,6 +425,10 @@ def _read_state(path: Path) -> State | str | None:
             return slot_state.decode(file.read(_MAX_STATE_BYTES))
     except FileNotFoundError:
         return None
+    except OSError as error:
+        if error.errno not in _DAMAGE:
+            raise
+        return f"damaged ({error.strerror})"
 
 
 def _needed(bundle: Bundle) -> int:

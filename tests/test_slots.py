@@ -1,5 +1,6 @@
 """Slots on a real disk: staged whole, mended, collected, told of, and worked on by two at once."""
 
+import errno
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -187,6 +189,45 @@ def test_a_lost_state_of_which_there_is_no_copy_makes_nothing_current(
         f"{slots.folder}/state.json: missing; no slot has a copy of it, so none is current",
     )
     assert slots.status().staged == (slot.release,)
+
+
+MEDIUM, LIMIT = OSError(errno.EIO, "Input/output error"), OSError(errno.EMFILE, "Too many")
+
+
+def unreadable(monkeypatch: pytest.MonkeyPatch, spoiled: Path, error: OSError) -> None:
+    real = Path.open
+
+    def spoil(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path == spoiled:
+            raise error
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", spoil)
+
+
+@pytest.mark.parametrize("name", ["bundle/fp32.onnx", "release.json"])
+def test_a_medium_that_cannot_be_read_is_damage_and_a_limit_of_the_process_is_none(
+    slots: Slots, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    commit(slots, small_zip(tmp_path, "1.0.0"))
+    slot = commit(slots, small_zip(tmp_path, "1.1.0"))
+    with monkeypatch.context() as patch:
+        unreadable(patch, slot.folder / name, LIMIT)
+        with pytest.raises((OSError, BundleError)):
+            slots.recover()
+    assert versions(slots)["current"] == "1.1.0"
+    unreadable(monkeypatch, slot.folder / name, MEDIUM)
+    assert len(slots.recover()) == 1
+    assert versions(slots)["current"] == "1.0.0"
+
+
+def test_a_state_on_a_medium_that_cannot_be_read_is_taken_from_its_copy(
+    slots: Slots, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit(slots, small_zip(tmp_path))
+    unreadable(monkeypatch, slots.state_file, MEDIUM)
+    assert versions(slots)["current"] == "1.0.0"
+    assert "damaged (Input/output error)" in slots.status().problems[0]
 
 
 # --- room
