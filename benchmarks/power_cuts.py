@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import msgspec
+from tqdm import tqdm
 
 from benchmarks.harness import Options, Report, Table
 from benchmarks.small_bundles import small_zip
@@ -35,6 +36,7 @@ LONG = True
 
 CUTS, QUICK_CUTS = 1000, 10
 VERSIONS = tuple(f"1.{minor}.0" for minor in range(8))
+WITHOUT_FSYNC = "power cuts, fsync left out, each on a new disk"
 LONGEST = 0.12
 """Seconds that commands run before the cut, at most."""
 
@@ -96,13 +98,16 @@ def measure(options: Options) -> Report:
         folder = Path(name)
         zips = [small_zip(folder, version, size=60_000) for version in VERSIONS]
         workers = Workers(zips)
+
+        def shown(title: str, rounds: Iterator[Round], total: int) -> Series:
+            bar = tqdm(rounds, desc=title, total=total, leave=False, disable=None)
+            return Series(title, list(bar))
+
+        without = max(cuts // 20, QUICK_CUTS)
         series = [
-            Series("power cuts", list(_power_cuts(folder, workers, cuts, fsync=True))),
-            Series("kill -9", list(_kills(folder, workers, cuts))),
-            Series(
-                "power cuts, fsync left out, each on a new disk",
-                list(_without_fsync(folder, workers, max(cuts // 20, QUICK_CUTS))),
-            ),
+            shown("power cuts", _power_cuts(folder, workers, cuts, fsync=True), cuts),
+            shown("kill -9", _kills(folder, workers, cuts), cuts),
+            shown(WITHOUT_FSYNC, _without_fsync(folder, workers, without), without),
         ]
     return _report(series)
 
