@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from runtime.errors import BundleError
 from runtime.manifest import MAX_FILES, MAX_MANIFEST_BYTES, FileEntry, Manifest, decode
+from runtime.npz import read_npz
 
 MANIFEST = "manifest.json"
 MAX_ZIP_BYTES = 4 * 1024 * 1024 * 1024
@@ -115,9 +116,8 @@ class Bundle:
         Raises BundleError if they are not what the manifest promises.
         """
         try:
-            with np.load(io.BytesIO(self.read(self.manifest.golden)), allow_pickle=False) as arrays:
-                golden = {name: arrays[name] for name in arrays.files}
-        except (ValueError, OSError, zipfile.BadZipFile) as error:
+            golden = read_npz(self.read(self.manifest.golden))
+        except ValueError as error:
             raise BundleError(f"{self.path}: golden samples cannot be read: {error}") from error
         images = golden.get("images")
         if images is None or images.dtype != np.uint8 or images.ndim != 4:
@@ -195,9 +195,9 @@ def _open_folder(folder: Path) -> tuple[Manifest, Read, _Check]:
 
 
 def _open_zip(path: Path) -> tuple[Manifest, Read, _Check]:
-    data = _read_file(path, MAX_ZIP_BYTES)
-    if len(data) > MAX_ZIP_BYTES:
+    if path.stat().st_size > MAX_ZIP_BYTES:
         raise BundleError(f"{path}: larger than the limit of {MAX_ZIP_BYTES:,} bytes")
+    data = _read_file(path, MAX_ZIP_BYTES)
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             infos = archive.infolist()
@@ -257,9 +257,9 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _read_file(path: Path, limit: int) -> bytes:
-    """At most ``limit + 1`` bytes, so that a file that lies about its size costs no memory."""
+    """At most ``limit + 1`` bytes: a limit, or a size that is declared, costs no memory itself."""
     with _reading(path), path.open("rb") as file:
-        return file.read(limit + 1)
+        return file.read(min(limit, os.fstat(file.fileno()).st_size) + 1)
 
 
 def _verified(entry: FileEntry, data: bytes, place: str) -> bytes:
