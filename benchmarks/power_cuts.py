@@ -37,8 +37,8 @@ LONG = True
 CUTS, QUICK_CUTS = 1000, 10
 VERSIONS = tuple(f"1.{minor}.0" for minor in range(8))
 WITHOUT_FSYNC = "power cuts, fsync left out, each on a new disk"
-LONGEST = 0.12
-"""Seconds that commands run before the cut, at most."""
+STEPS, LONGEST = 12, 0.03
+"""Steps that begin before the cut, and seconds from the last of them to the cut, at most."""
 
 _SHUTDOWN = 0x8004587D
 _NO_LOG_FLUSH = 2
@@ -103,10 +103,10 @@ def measure(options: Options) -> Report:
             bar = tqdm(rounds, desc=title, total=total, leave=False, disable=None)
             return Series(title, list(bar))
 
-        without = max(cuts // 20, QUICK_CUTS)
+        kills, without = max(cuts // 4, QUICK_CUTS), max(cuts // 20, QUICK_CUTS)
         series = [
             shown("power cuts", _power_cuts(folder, workers, cuts, fsync=True), cuts),
-            shown("kill -9", _kills(folder, workers, cuts), cuts),
+            shown("kill -9", _kills(folder, workers, kills), kills),
             shown(WITHOUT_FSYNC, _without_fsync(folder, workers, without), without),
         ]
     return _report(series)
@@ -314,10 +314,13 @@ class Workers:
         process = self._context.Process(target=churn, args=(folder, self._zips, seed, fsync, mouth))
         process.start()
         mouth.close()
-        said: list[Said] = []
         ear.recv()
+        said: list[Said] = []
+        begun = self._random.randint(0, STEPS)
+        while sum(word.what == "begins" for word in said) < begun and _goes_on(said):
+            said.append(ear.recv())
         time.sleep(self._random.uniform(0, LONGEST))
-        while ear.poll():
+        while ear.poll() and _goes_on(said):
             said.append(ear.recv())
         with cut():
             process.kill()
@@ -329,6 +332,10 @@ class Workers:
                     said.append(word)
         ear.close()
         return said
+
+
+def _goes_on(said: list[Said]) -> bool:
+    return not said or said[-1].what != "failed"
 
 
 class Disk:
