@@ -157,7 +157,7 @@ class LiveClassifier:
     """The classifier of a device whose slots change. It serves one thread at a time.
 
     ``folder`` is the device's state folder. ``request`` says which engine may run, ``stability``
-    how long a new slot is on trial; ``deadline_s`` is that of ``prove``, and ``clock`` is monotonic.
+    how long a new slot is on trial; ``deadline_s`` is that of ``prove``; ``clock`` is monotonic.
 
     Of several on one folder the first brings new slots to trial; the others follow once they are
     committed.

@@ -153,7 +153,7 @@ BAD = {
         lambda f: model_zip(f, "2", labels=LABELS[:3]), "wrong shape", "expected 3 logits"
     ),
     "is too slow": Bad(
-        lambda f: model_zip(f, "2", model=looping(1_000)),
+        lambda f: model_zip(f, "2", model=looping(3_000)),
         "too slow",
         "as the slot that answers now takes",
     ),

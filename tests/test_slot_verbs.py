@@ -3,8 +3,10 @@
 The examples are run as Mender, RAUC and Greengrass run them, with the real command behind them.
 """
 
+import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -63,11 +65,21 @@ def run(device: Slots, tmp_path: Path) -> Run:
         name: str, *arguments: str, **environment: str
     ) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
-            [str(EXAMPLES / name), *arguments], cwd=ROOT, capture_output=True, text=True,
-            env={**os.environ, **environment, "PATH": f"{tools}:{os.environ['PATH']}"}, timeout=120,
+            [*no_network(), str(EXAMPLES / name), *arguments],
+            cwd=ROOT, capture_output=True, text=True, timeout=120,
+            env={**os.environ, **environment, "PATH": f"{tools}:{os.environ['PATH']}"},
         )  # fmt: skip
 
     return example
+
+
+@functools.cache
+def no_network() -> tuple[str, ...]:
+    """What runs a command in a network of its own, where nothing is; where the kernel allows it."""
+    command = ("unshare", "--map-root-user", "--net")
+    if shutil.which("unshare") is None:
+        return ()
+    return () if subprocess.run([*command, "true"], capture_output=True).returncode else command
 
 
 def current(device: Slots) -> str:
@@ -198,10 +210,26 @@ def test_rauc_marks_a_system_bad_on_which_no_bundle_answers(
 def test_greengrass_deploys_and_goes_back_to_the_version_before(
     device: Slots, run: Run, zips: dict[str, Path]
 ) -> None:
-    for version, code, answers in (("2", 0, "2"), ("bad", 1, "2"), ("1", 0, "1")):
+    for version, answers in (("2", "2"), ("1", "1")):
         done = run("greengrass-install", str(zips[version]))
-        assert done.returncode == code, done.stderr
+        assert done.returncode == 0, done.stderr
         assert current(device) == answers
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck_finds_nothing_in_the_examples() -> None:
+    scripts = [file for file in EXAMPLES.iterdir() if file.read_bytes().startswith(b"#!/bin/sh")]
+    assert len(scripts) == 4
+    checked = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd here")
+def test_the_unit_is_exposed_to_3_of_10_at_most() -> None:
+    unit = EXAMPLES / "fieldfit-line.service"
+    command = ["systemd-analyze", "security", "--offline=true", "--threshold=30", str(unit)]
+    rated = subprocess.run(command, capture_output=True, text=True)
+    assert rated.returncode == 0, rated.stdout
 
 
 def test_the_services_loop_answers_each_path_with_its_slot(
