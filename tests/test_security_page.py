@@ -14,7 +14,7 @@ PROMISES = PAGE.partition("## What is promised")[2].partition("## What is the in
 
 
 @functools.cache
-def tests_of(file: str) -> set[str]:
+def named_tests(file: str) -> set[str]:
     """Names of the tests that pytest would collect from the file's top level."""
     tree = ast.parse((ROOT / file).read_text())
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
@@ -23,7 +23,7 @@ def tests_of(file: str) -> set[str]:
 @pytest.mark.parametrize(("file", "test"), sorted(set(PROOF.findall(PAGE))))
 def test_a_proof_that_is_named_exists(file: str, test: str) -> None:
     assert test.startswith("test_")
-    assert test in tests_of(file)
+    assert test in named_tests(file)
 
 
 def test_every_promise_has_a_proof() -> None:
