@@ -220,8 +220,19 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         sent = body if cut is None else body[:cut]
-        self.wfile.write(sent)
         self.server.log.append(Served(self.path, start, len(sent)))
+        self.server.sent += len(sent)
+        self.wfile.write(sent)
+
+    def flush_headers(self) -> None:
+        self.server.sent += len(b"".join(self._headers_buffer))  # type: ignore[attr-defined]
+        super().flush_headers()
+
+    def parse_request(self) -> bool:
+        whole = super().parse_request()
+        first: bytes = self.raw_requestline  # type: ignore[attr-defined]
+        self.server.received += len(first) + len(bytes(self.headers))
+        return whole
 
     def log_message(self, format: str, *args: object) -> None:
         pass
@@ -238,6 +249,8 @@ class Server(ThreadingHTTPServer):
         self.ranges = True
         self.lies: dict[str, Lie] = {}
         self.log: list[Served] = []
+        self.sent = self.received = 0
+        """Bytes on the wire, headers included."""
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}).start()
 
     @property
