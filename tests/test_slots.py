@@ -452,6 +452,12 @@ def test_status_and_stage_lead_from_one_step_to_the_next(
     assert facts["current"]["sha256"] == slot.sha256
     assert facts["floor"] == "1.0.0"
     assert len(facts["problems"]) == 1
+    *_, last = said("status", code=1)
+    assert last == "next: fieldfit status --mend"
+    mended = said("status", "--mend")
+    assert "taken from its copy" in mended[0]
+    assert mended[-1] == "next: fieldfit stage BUNDLE.zip"
+    assert json.loads(said("status", "--mend", "--json")[0])["mended"] == []
 
 
 def test_stage_prints_its_slot_for_programs(

@@ -23,17 +23,27 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         "Needs no lock: it may be asked at any moment. Exit code 1 if something is damaged.",
         example="fieldfit status --json",
     )
+    parser.add_argument(
+        "--mend",
+        action="store_true",
+        help="read every byte of the slots in use first; give up what is damaged, for the slot "
+        "before it, and take a damaged state from its copy",
+    )
     add_state_option(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """1 if something is damaged, else 0."""
-    status = slots(options).status()
+    device = slots(options)
+    mended = device.recover() if options.mend else ()
+    status = device.status()
     if options.json:
         staged = msgspec.to_builtins(status.staged)
         facts = {**msgspec.to_builtins(status.state), "staged": staged}
-        print(json.dumps({**facts, "problems": status.problems}))
+        print(json.dumps({**facts, "problems": status.problems, "mended": mended}))
     else:
+        for sentence in mended:
+            print(f"mended    {sentence}")
         print("\n".join(lines(status)))
         print(f"next: {next_step(status)}")
     return 1 if status.problems else 0
@@ -60,6 +70,8 @@ def lines(status: Status) -> Iterator[str]:
 def next_step(status: Status) -> str:
     """The one command that leads on from here."""
     state = status.state
+    if status.problems:
+        return "fieldfit status --mend"
     if state.pending:
         if state.pending.tries == TRIES:
             return f"fieldfit activate {state.pending.release.sha256[:12]}"
