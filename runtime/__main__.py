@@ -21,6 +21,7 @@ from runtime.verbs import (
     rollback,
     stage,
     status,
+    update,
     verify,
 )
 from runtime.version import __version__
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
         verify,
         doctor,
         benchmark,
+        update,
         stage,
         activate,
         commit,

@@ -20,6 +20,7 @@ import msgspec
 
 from runtime import atomic
 from runtime.channel import Decision, Offer, channel_path, decide, decode
+from runtime.command import MACHINE_ERRORS
 from runtime.errors import BundleError, FieldfitError, UpdateError
 from runtime.floor import Clock, Floor, Floors, Seen, check_metadata, judge_clock, merge
 from runtime.private_files import Lock
@@ -431,7 +432,8 @@ def _sentence(error: Exception, now: datetime.datetime) -> str:
     if isinstance(error, FieldfitError):
         return str(error)
     if isinstance(error, OSError):
-        return f"{error.filename or 'the disk'}: {error.strerror or error}"
+        way_out = MACHINE_ERRORS.get(error.errno or 0, "look at the disk")
+        return f"{error.filename or 'the disk'}: {error.strerror or error}: {way_out}"
     from tuf.api import exceptions
     from tuf.api.serialization import DeserializationError
 
