@@ -200,7 +200,8 @@ class Slots:
         """Make good what damage left, at a start: a sentence for each thing that was done.
 
         Reads every byte of the slots in use. A damaged one is given up, and the one before it
-        answers; a damaged or missing state is taken from its copy in the slots.
+        answers; a damaged or missing state is taken from its copy in the slots. A slot that plays
+        no part and cannot say what it holds is removed.
         """
         with self.lock():
             before, done = self._read()
@@ -214,6 +215,10 @@ class Slots:
                     done.append(f"{reason}; {answers}")
             if state is not before or done:
                 self._write(state)
+            for name in sorted(self._names() - state.in_use()):
+                if isinstance(why := self._read_release(name), str):
+                    atomic.remove_folder(self._slots / name)
+                    done.append(f"{why}; it is removed")
             return tuple(done)
 
     def stage(self, archive: Path, *, allow_lower: bool = False) -> Slot:

@@ -134,13 +134,35 @@ def test_a_damaged_current_slot_gives_way_to_the_one_before(
     second = commit(slots, small_zip(tmp_path, "1.1.0"))
     spoil(second.folder / name)
     done = slots.recover()
-    assert len(done) == 1
     assert done[0].endswith(f"{first.release} answers")
     assert versions(slots) == {"current": "1.0.0", "previous": None, "pending": None}
     assert slots.recover() == ()
     failure = slots.status().state.failure(second.sha256)
     assert failure
     assert failure.damaged
+
+
+def test_a_damaged_slot_that_plays_no_part_is_removed(slots: Slots, tmp_path: Path) -> None:
+    commit(slots, small_zip(tmp_path, "1.0.0"))
+    staged = slots.stage(small_zip(tmp_path, "1.1.0"))
+    flip(staged.folder / "release.json")
+    assert len(slots.status().problems) == 1
+    assert slots.recover()[0].endswith("it is removed")
+    assert slots.status().problems == ()
+    assert not staged.folder.exists()
+
+
+def test_a_current_slot_that_is_gone_stays_named_until_its_bundle_is_staged_again(
+    slots: Slots, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive = small_zip(tmp_path)
+    slot = commit(slots, archive)
+    shutil.rmtree(slot.folder)
+    assert fieldfit(["status", "--mend", "--state", str(slots.folder)]) == 1
+    assert capsys.readouterr().out.endswith("is missing\nnext: fieldfit stage BUNDLE.zip\n")
+    assert slots.stage(archive) == slot
+    assert slots.status().problems == ()
+    assert slots.current() == slot
 
 
 def test_a_slot_that_holds_another_bundle_is_damaged(slots: Slots, tmp_path: Path) -> None:
@@ -217,7 +239,7 @@ def test_a_medium_that_cannot_be_read_is_damage_and_a_limit_of_the_process_is_no
             slots.recover()
     assert versions(slots)["current"] == "1.1.0"
     unreadable(monkeypatch, slot.folder / name, MEDIUM)
-    assert len(slots.recover()) == 1
+    assert slots.recover()
     assert versions(slots)["current"] == "1.0.0"
 
 

@@ -45,7 +45,8 @@ def run(options: argparse.Namespace) -> int:
         for sentence in mended:
             print(f"mended    {sentence}")
         print("\n".join(lines(status)))
-        print(f"next: {next_step(status)}")
+        mend = status.problems and not options.mend
+        print(f"next: {'fieldfit status --mend' if mend else next_step(status)}")
     return 1 if status.problems else 0
 
 
@@ -68,10 +69,10 @@ def lines(status: Status) -> Iterator[str]:
 
 
 def next_step(status: Status) -> str:
-    """The one command that leads on from here."""
+    """The one command that leads on from here, once what can be mended is."""
     state = status.state
-    if status.problems:
-        return "fieldfit status --mend"
+    if status.problems:  # what could not be mended is staged again
+        return "fieldfit stage BUNDLE.zip"
     if state.pending:
         if state.pending.tries == TRIES:
             return f"fieldfit activate {state.pending.release.sha256[:12]}"
