@@ -78,17 +78,18 @@ def _gate(words: list[str]) -> int:
 
 
 def _publishing(verb: str, words: list[str]) -> int:
-    try:
-        from export.publish import commands, keys_commands
-    except ModuleNotFoundError as error:
-        print(
-            f"export: {verb} needs {error.name}; pip install 'fieldfit[publish]'", file=sys.stderr
-        )
-        return 1
-    run, options = keys_commands.parse(words) if verb == KEYS else commands.parse(verb, words)
-    return run_command(
-        "export", lambda: run(options), interrupted="interrupted; run the same command again"
-    )
+    def run() -> int:
+        try:
+            from export.publish import commands, keys_commands
+        except ModuleNotFoundError as error:
+            raise ExportError(
+                f"{verb} needs more than is installed ({error}); pip install 'fieldfit[publish]'"
+            ) from error
+        parsed = keys_commands.parse(words) if verb == KEYS else commands.parse(verb, words)
+        carry_out, options = parsed
+        return carry_out(options)
+
+    return run_command("export", run, interrupted="interrupted; run the same command again")
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import shutil
+import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -20,12 +21,14 @@ from tuf.api.metadata import Metadata, Timestamp
 from tuf.ngclient import FetcherInterface, Updater
 
 from export.__main__ import main
+from export.publish.channels import publish
 from export.publish.keys import PASSPHRASE, Ring, passphrases
 from export.publish.options import now
 from export.publish.publication import expiring, renew, why_renew
 from export.publish.repository import Repository, write
 from runtime.bundle import encode_zip
 from runtime.channel import Offer, channel_path, decode
+from runtime.errors import ExportError
 from runtime.fleet import write_key, write_report
 from runtime.manifest import decode as decode_manifest
 from runtime.manifest import encode as encode_manifest
@@ -36,6 +39,7 @@ from runtime.update import Request, update
 from tests.signed_devices import healthy, moment, new_identity
 from tests.update_repository import Forge, Server, tiny_bundle
 
+ROOT = Path(__file__).resolve().parent.parent
 DAY = datetime.timedelta(days=1)
 
 
@@ -544,6 +548,16 @@ def test_a_full_disk_leaves_the_old_state_and_one_line(site: Site, says: Says) -
     assert site.run("publish", path, "--channel", "line") == 0
 
 
+def test_a_bundle_that_changes_meanwhile_is_not_published(site: Site) -> None:
+    path = site.bundle("1.0")
+    plan = publish(Repository.read(site.repo), path, "line", 100, now())
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    before = site.tree()
+    with pytest.raises(ExportError, match="its source changed meanwhile"):
+        write(site.repo, plan.files, lambda share, name: None)
+    assert site.tree() == before
+
+
 def test_two_do_not_publish_at_once(site: Site, says: Says) -> None:
     lock = Lock.attempt(site.repo / ".lock")
     assert lock is not None
@@ -697,13 +711,40 @@ def test_a_root_is_renewed_with_the_same_keys(site: Site) -> None:
     assert site.get().version == "1.0"
 
 
+def _without(modules: Sequence[str], *words: str | Path) -> str:
+    """What a command says in a process where these modules are not installed, and its code."""
+    code = f"""
+import sys
+for name in {list(modules)}: sys.modules[name] = None
+from export.__main__ import main
+print(main({[str(word) for word in words]}))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    return " ".join((done.stdout + done.stderr).split())
+
+
+def test_publishing_needs_no_torch(site: Site) -> None:
+    words = ("publish", site.bundle("1.0"), "--channel", "line", "--repo", site.repo)
+    said = _without(("torch", "torchvision", "timm", "onnx"), *words, "--keys", site.keys)
+    assert said.startswith("0 channel line: nothing -> tiny 1.0")
+    assert site.get().version == "1.0"
+
+
+def test_without_the_extra_publishing_says_how_to_get_it(site: Site) -> None:
+    said = _without(("tuf",), "keys", "show", "--repo", site.repo)
+    assert said.startswith("1 export: keys needs more than is installed (")
+    assert said.endswith("pip install 'fieldfit[publish]'")
+
+
 WRITING = ("os.mkdir", "os.rename", "os.remove")
 
 
 def _interrupted(words: Sequence[str], repo: Path, at: int) -> bool:
     """Run a command in a process that ends, with nothing cleaned up, before its write number
     ``at`` into ``repo``: a file opened for writing, renamed, removed, or a folder made. Whether
-    it got that far."""
+    it got that far. Files are opened for writing under a hidden name only."""
     child = os.fork()
     if child == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -716,6 +757,8 @@ def _interrupted(words: Sequence[str], repo: Path, at: int) -> bool:
                 event == "open" and isinstance(values[2], int) and values[2] & 3 != os.O_RDONLY
             )
             if writes and str(values[0]).startswith(str(repo)):
+                if event == "open" and not Path(str(values[0])).name.startswith("."):
+                    os._exit(98)  # a reader could see half of it
                 if left == 0:
                     os._exit(99)
                 left -= 1

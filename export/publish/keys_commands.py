@@ -205,7 +205,7 @@ def _where_to(keys: dict[KeyRole, list[NewKey]], folder: Path, repo: Path) -> st
       publish to every device
   {keys["online"][0].name}  workstation or server that runs `python -m export refresh` every day
       says what is current; whoever steals it can only hold devices back
-Copy each pair, unlock it there once, then wipe {folder}. Passphrases go by another way.
+Copy each pair, compare it there, then wipe {folder}. Passphrases go by another way.
 Give every device {repo / METADATA}/1.root.json by hand: it is what they trust.
 next: python -m export publish BUNDLE.zip --repo {repo} --channel NAME --keys STICK --keys ONLINE"""
 
