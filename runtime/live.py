@@ -27,6 +27,7 @@ import msgspec
 from runtime.activation import DEADLINE_S, Limits, kept_limits, prove
 from runtime.candidates import Request
 from runtime.classifier import Answer, Classifier
+from runtime.device_status import record_engine
 from runtime.errors import BundleError, DataError, EngineError, FieldfitError, UpdateError
 from runtime.preprocess import ImageLike
 from runtime.private_files import Lock
@@ -418,9 +419,9 @@ class LiveClassifier:
     def _open(self, slot: Slot) -> _Opened:
         limits = kept_limits(slot)
         asked = self._request._replace(require=limits.require or self._request.require)
-        return _Opened(
-            slot, limits, Classifier.open(slot.bundle, **asked._asdict(), cache=slot.engines)
-        )
+        classifier = Classifier.open(slot.bundle, **asked._asdict(), cache=slot.engines)
+        record_engine(slot, classifier, asked.require)
+        return _Opened(slot, limits, classifier)
 
     def _open_standing(self) -> _Opened | None:
         """The current slot, or the one before it; None if none was ever committed."""

@@ -10,9 +10,9 @@ import msgspec
 import pytest
 
 from runtime import device_status
-from runtime.classifier import Classifier
 from runtime.errors import FleetError
 from runtime.identity import Identity
+from runtime.live import LiveClassifier
 from runtime.slots import Slots
 from runtime.status_document import (
     MAX_STATUS_BYTES,
@@ -239,8 +239,7 @@ def test_the_engine_is_told_of_the_slot_that_answers(one: Identity, tmp_path: Pa
         slots.commit()
         status = read_status(device_status.report(state, one), keys)
         assert status.engine is None  # not that of the slot before
-        with Classifier.open(slot.bundle, cache=slot.engines) as classifier:
-            device_status.record_engine(slot, classifier)
+        LiveClassifier(state).close()
         status = read_status(device_status.report(state, one), keys)
         assert status.bundle
         assert (status.bundle.name, status.bundle.sha256) == ("tiny", slot.sha256)
