@@ -239,14 +239,16 @@ class Slots:
         )
         slot = self._slot(release)
         with self.lock():
-            refusal = slot_state.check_floor(self._read()[0], release, allow_lower=allow_lower)
-            if refusal:
+            state = self._read()[0]
+            if refusal := slot_state.check_floor(state, release, allow_lower=allow_lower):
                 raise UpdateError(refusal.reason)
             if self._damage(release.sha256):
                 needed = _needed(bundle)
                 self._make_room(needed)
                 with _says_what_it_needs(self.folder, needed):
                     _write_slot(slot, bundle)
+                if release == state.current:
+                    self._write(state)  # its copy was in the slot
             return slot
 
     def activate(self, sha256: str, *, allow_lower: bool = False, again: bool = False) -> Slot:
@@ -295,10 +297,18 @@ class Slots:
 
         With ``sha256`` that slot or none; ``reason`` is kept.
 
-        Raises UpdateError if there is nothing to roll back, or nothing to roll back to.
+        Raises UpdateError if there is nothing to roll back, or nothing whole to roll back to.
         """
-        state = self._step(lambda state: slot_state.rollback(state, reason, self._now(), sha256))
-        return self._slot(state.current) if state.current else None
+
+        def step(before: State) -> State | Refusal:
+            after = slot_state.rollback(before, reason, self._now(), sha256)
+            if isinstance(after, State) and after.current and after.current != before.current:
+                damage = self._damage(after.current.sha256)
+                return Refusal(f"{damage}; {before.current} stays") if damage else after
+            return after
+
+        current = self._step(step).current
+        return self._slot(current) if current else None
 
     def collect(self) -> tuple[str, ...]:
         """Remove the slots that are neither current, previous nor pending; return their names."""

@@ -98,6 +98,8 @@ def test_a_damaged_slot_is_mended_by_staging_it_again(slots: Slots, tmp_path: Pa
     assert slots.stage(archive) == slot
     assert slots.recover() == ()
     assert slots.current() == slot
+    slots.state_file.unlink()
+    assert slots.current() == slot
 
 
 def test_what_a_crash_left_behind_is_swept_away(slots: Slots, tmp_path: Path) -> None:
@@ -140,6 +142,15 @@ def test_a_damaged_current_slot_gives_way_to_the_one_before(
     failure = slots.status().state.failure(second.sha256)
     assert failure
     assert failure.damaged
+
+
+def test_nothing_is_rolled_back_to_a_damaged_slot(slots: Slots, tmp_path: Path) -> None:
+    first = commit(slots, small_zip(tmp_path, "1.0.0"))
+    commit(slots, small_zip(tmp_path, "1.1.0"))
+    flip(first.bundle / "fp32.onnx")
+    with pytest.raises(UpdateError, match=r"changed since export.*small 1\.1\.0 .* stays"):
+        slots.rollback("bad")
+    assert versions(slots) == {"current": "1.1.0", "previous": "1.0.0", "pending": None}
 
 
 def test_a_damaged_slot_that_plays_no_part_is_removed(slots: Slots, tmp_path: Path) -> None:
