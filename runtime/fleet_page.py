@@ -2,7 +2,8 @@
 
 The page needs nothing beside itself: no script, no network, no other file, and it forbids the
 browser to want any. All that comes from devices is escaped. Levels are words and signs, never
-colour alone. It decides nothing and reads no clock.
+colour alone; roles are spelled out because a table shown as cards loses them (CSS display, ARIA).
+It decides nothing and reads no clock.
 """
 
 import datetime
@@ -61,7 +62,9 @@ def summary(fleet: Fleet) -> str:
 
 def page(fleet: Fleet, now: datetime.datetime, title: str) -> str:
     """The whole page, HTML 5 in UTF-8."""
-    head = "".join(f'<th scope="col">{column}</th>' for column in (*COLUMNS, "reasons"))
+    head = "".join(
+        f'<th role="columnheader" scope="col">{column}</th>' for column in (*COLUMNS, "reasons")
+    )
     body = "\n".join(_html_row(row, now) for row in fleet.rows)
     return _PAGE.format(
         title=html.escape(title),
@@ -119,13 +122,13 @@ def _html_row(row: Row, now: datetime.datetime) -> str:
         texts[4] = f'<time datetime="{seen.isoformat(timespec="seconds")}">{texts[4]}</time>'
     listed = "".join(f"<li>{html.escape(reason)}</li>" for reason in reasons(row))
     columns = [
-        f'<td data-label="{column}">{text}</td>'
+        f'<td role="cell" data-label="{column}">{text}</td>'
         for column, text in zip(COLUMNS[1:], texts[1:], strict=True)
     ]
     why = f"<ul>{listed}</ul>" if listed else "none"
     return (
-        f'<tr><th scope="row">{texts[0]}</th>{"".join(columns)}'
-        f'<td data-label="reasons">{why}</td></tr>'
+        f'<tr role="row"><th role="rowheader" scope="row">{texts[0]}</th>{"".join(columns)}'
+        f'<td role="cell" data-label="reasons">{why}</td></tr>'
     )
 
 
@@ -147,10 +150,10 @@ style-src 'unsafe-inline'; img-src data:">
 <p class="summary">{summary}</p>
 <p>As of <time datetime="{stamp}">{made}</time>. Only documents that an enrolled device signed
 are shown; whoever is not heard of is unknown.</p>
-<table>
-<caption>Devices, those to look at first in front</caption>
-<thead><tr>{head}</tr></thead>
-<tbody>
+<table role="table">
+<caption>Devices, worst first</caption>
+<thead role="rowgroup"><tr role="row">{head}</tr></thead>
+<tbody role="rowgroup">
 {body}
 </tbody>
 </table>

@@ -74,7 +74,7 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         actions,
         "status",
         _status,
-        summary="all devices in a table, those to look at first in front",
+        summary="all devices in a table, worst first",
         description="Verify every document with the enrolled keys, judge it and show one line a "
         "device with its reasons. Documents that no enrolled device signed, and old ones played "
         "again, are refused. The exit code is 1 unless every device is healthy.",
