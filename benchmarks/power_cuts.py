@@ -147,7 +147,7 @@ def _round(
     expected = Expected(before.state, staged, workers.releases)
     for word in said:
         expected.hear(word)
-    violations = [*expected.violations, *_look(slots, expected)]
+    violations = [*expected.violations, *look(slots, expected)]
     return Round(
         tuple(sorted(set(violations))),
         sum(word.what == "done" for word in said),
@@ -208,7 +208,8 @@ class Expected:
         return self.state.in_use() if step.verb == "collect" else self.staged
 
 
-def _look(slots: Slots, expected: Expected) -> Iterator[Violation]:
+def look(slots: Slots, expected: Expected) -> Iterator[Violation]:
+    """What is not as it must be."""
     status = slots.status()
     if status.problems:
         yield "state unreadable"
