@@ -1,9 +1,11 @@
 """What is published is what a real TUF client gets, and no interruption shows it anything else."""
 
+import contextlib
 import datetime
 import io
 import json
 import os
+import pty
 import resource
 import shutil
 import subprocess
@@ -22,7 +24,7 @@ from tuf.ngclient import FetcherInterface, Updater
 
 from export.__main__ import main
 from export.publish.channels import publish
-from export.publish.keys import PASSPHRASE, Ring, passphrases
+from export.publish.keys import PASSPHRASE, Ring, passphrases, read_public
 from export.publish.options import now
 from export.publish.publication import expiring, renew, why_renew
 from export.publish.repository import Repository, write
@@ -380,6 +382,39 @@ def test_keys_are_encrypted_and_private(site: Site, says: Says) -> None:
     for path in secrets:
         assert path.stat().st_mode & 0o777 == 0o600
         assert path.read_bytes().startswith(b"-----BEGIN ENCRYPTED PRIVATE KEY-----")
+
+
+def _typed(words: Sequence[str], answers: Sequence[str]) -> int:
+    """The exit code of a command at a terminal of its own, with each passphrase asked for."""
+    child, terminal = pty.fork()
+    if child == 0:
+        sys.stdin = os.fdopen(0)
+        os._exit(main(list(words)))
+    for answer in answers:
+        asked = b""
+        while not asked.endswith(b": "):
+            asked += os.read(terminal, 1)
+        os.write(terminal, answer.encode() + b"\n")
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os.close(terminal)
+    return code
+
+
+def test_a_passphrase_is_asked_for_twice_for_a_new_key(
+    site: Site, says: Says, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(PASSPHRASE)
+    words = ["keys", "new", "--role", "online", "--keys", str(site.folder / "new")]
+    assert _typed(words, ["one", "other"]) == 1
+    assert not (site.folder / "new").exists()
+    assert _typed(words, ["one", "one"]) == 0
+    (public,) = (site.folder / "new").glob("*.pub")
+    key = read_public(public).keyid
+    for secret, opens in (("one", True), ("other", False)):
+        monkeypatch.setenv(PASSPHRASE, secret)
+        ring = Ring([site.folder / "new"], passphrases(None))
+        with contextlib.nullcontext() if opens else pytest.raises(ExportError, match="wrong pass"):
+            assert len(ring.signers([key])) == 1
 
 
 def test_keys_show_names_keys_thresholds_and_days(site: Site, says: Says) -> None:
