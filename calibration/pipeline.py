@@ -58,6 +58,9 @@ HELD_OUT = 128
 """Training images that were not chosen, on which ranges, and what is tuned later, are tested: with
 64 a tuning that helps and one that harms looked alike on MobileNetV2."""
 
+FURTHER = 272
+"""Further training images, for what needs many: with those of the usual choice they are 400."""
+
 MIN_HELD_OUT = 16
 """Fewer say more about themselves than about a method."""
 
@@ -76,6 +79,8 @@ class Calibration:
     choice: Choice
     held_out: tuple[Example, ...]
     """Training images that were not chosen; empty if all were."""
+    further: tuple[Example, ...]
+    """More of them, that are not held out either."""
     reused: bool
     per_class: Mapping[str, int]
     """Calibration images of each class."""
@@ -127,7 +132,8 @@ def calibrate(
     missing = [name for name, count in per_class.items() if count == 0]
     if missing and len(missing) < len(classes):
         log.warning("no calibration image of class %s", ", ".join(missing))
-    held = held_out(examples, choice, count=HELD_OUT, spec=spec, seed=seed)
+    unseen = held_out(examples, choice, count=HELD_OUT + FURTHER, spec=spec, seed=seed)
+    held, further = unseen[:HELD_OUT], unseen[HELD_OUT:]
     digests = [example.sha256 for example in held]
     key = table_key(graph, choice.digests, spec, settings, held_out=digests)
     path = folder / TABLE_FILE
@@ -138,7 +144,7 @@ def calibrate(
         write_table(path, table)
     write_choice(folder / IMAGES_FILE, choice)
     log.info("calibration table %s: %s", "used again" if reused else "measured", reason)
-    return Calibration(table, choice, held, reused, per_class, reason)
+    return Calibration(table, choice, held, further, reused, per_class, reason)
 
 
 def compare_methods(

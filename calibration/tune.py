@@ -72,13 +72,25 @@ class Learned:
     """Chosen weights and their scales."""
 
 
-def learn(graph: onnx.ModelProto, images: UInt8, *, progress: Progress | None = None) -> Learned:
-    """What `tune` needs of the float ``graph`` on ``images`` ``[N, H, W, C]``."""
+def learn(
+    graph: onnx.ModelProto,
+    images: UInt8,
+    *,
+    many: UInt8 | None = None,
+    progress: Progress | None = None,
+) -> Learned:
+    """What `tune` needs of the float ``graph`` on ``images`` ``[N, H, W, C]``.
+
+    Weights are chosen on ``many`` of them, if given: the last layers of a network see few positions
+    an image and multiply a thousand values, and with few images the weights suit those images only.
+    (EfficientNet-Lite0 at 160 px: with 48 images no better than rounding to nearest, with 400 by
+    1.4 dB on held-out ones.) Memory does not grow with their number.
+    """
     report = progress or _silent
     layers = {layer.name: layer for layer in Graph(graph).layers()}
     report(0.0, "measuring layers")
     means = output_means(graph, layers, images)
-    moments = measure_moments(graph, layers, images)
+    moments = measure_moments(graph, layers, images if many is None else many)
     scales, weights = {}, {}
     for number, (name, moment) in enumerate(moments.items()):
         report(0.5 + 0.5 * number / len(moments), "choosing weights")

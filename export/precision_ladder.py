@@ -33,7 +33,7 @@ BUDGETS = 0.1, 0.2, 0.35, 0.5
 calibration/price estimates it; beyond the last there is hardly anything left of INT8's gain."""
 
 LEARN_IMAGES = 48
-"""Calibration images that weights and biases are tuned on: 32 to 64 are plenty."""
+"""Calibration images that biases are corrected on: 32 to 64 are plenty."""
 
 EMITTERS: dict[str, Emit] = {
     "int8": tensorrt_dialect.emit,
@@ -50,6 +50,8 @@ class Material(NamedTuple):
     table: Table
     images: UInt8
     """Some of those that were calibrated on."""
+    many: UInt8
+    """All of those and further ones, to choose weights on."""
     held_out: UInt8
     """Those that calibration did not see. They decide what is kept of a tuning."""
 
@@ -73,11 +75,12 @@ brought nothing."""
 def material_of(graph: onnx.ModelProto, calibration: Calibration, spec: InputSpec) -> Material:
     """What the rungs of ``graph`` are made of; without held-out images those it saw have to do."""
     chosen = calibration.choice.chosen[:LEARN_IMAGES]
-    images, held_out = (
+    many = [*calibration.choice.chosen, *calibration.further]
+    images, all_images, held_out = (
         preprocess_batch([image.path for image in those], spec)
-        for those in (chosen, calibration.held_out or chosen)
+        for those in (chosen, many, calibration.held_out or chosen)
     )
-    return Material(graph, calibration.table, images, held_out)
+    return Material(graph, calibration.table, images, all_images, held_out)
 
 
 class PrecisionLadder:
@@ -125,7 +128,9 @@ class PrecisionLadder:
         material = self.material
         with console.fraction(f"{form}, {name}") as report:
             if self._learned is None:
-                self._learned = learn(material.graph, material.images, progress=report)
+                self._learned = learn(
+                    material.graph, material.images, many=material.many, progress=report
+                )
             result = tune(
                 material.graph, material.table, EMITTERS[form], material.images, material.held_out,
                 float_nodes=tuple(kept_float), learned=self._learned, progress=report,

@@ -253,3 +253,14 @@ def test_inputs_that_hardly_vary_around_a_large_mean_are_no_obstacle() -> None:
     root = _inverse_root(covariance)
     assert np.isfinite(root).all()
     assert (np.diagonal(root[0]) > 0).all()
+
+
+def test_weights_may_be_chosen_on_more_images_than_biases() -> None:
+    model, images, more = uneven_cnn(), draw_images(8), draw_images(40, seed=9)
+    few, many = learn(model, images), learn(model, images, many=more)
+    for name, means in few.means.items():
+        np.testing.assert_array_equal(many.means[name], means)
+    alone = learn(model, more).weights.weights
+    assert any((few.weights.weights[name] != weights).any() for name, weights in alone.items())
+    for name, weights in many.weights.weights.items():
+        np.testing.assert_array_equal(weights, alone[name])
