@@ -1,8 +1,8 @@
 """Many devices at once: a folder of their keys and documents becomes one row for each.
 
     DIR/devices/ID.pub.json   public documents; who can write here decides whom to believe
+    DIR/devices/seen.json     the newest document seen of each device, against replays
     DIR/status/ID.json        what devices reported; anybody may write here
-    DIR/seen.json             the newest document seen of each device, against replays
 
 The folder is any folder: a share, a USB stick, the target of a copy. Documents from elsewhere
 (see runtime.fleet_mqtt) are surveyed in the same way. It judges nothing: runtime.health does.
@@ -91,8 +91,9 @@ def read_fleet(
 
     Raises FleetError if there is no such folder, or a key in it is damaged.
     """
-    keys = read_keys(devices or folder / DEVICES)
-    return survey(_documents(folder / REPORTS), keys, read_seen(folder / SEEN), now, expected)
+    trusted = devices or folder / DEVICES
+    documents = _documents(folder / REPORTS)
+    return survey(documents, read_keys(trusted), read_seen(trusted / SEEN), now, expected)
 
 
 def read_keys(folder: Path) -> dict[str, PublicKey]:

@@ -114,7 +114,7 @@ def test_old_documents_are_refused_once_newer_ones_were_seen(
 
 
 def test_a_damaged_memory_of_replays_is_an_error_and_not_forgotten(site: Site) -> None:
-    (site.folder / "seen.json").write_bytes(b"{")
+    (site.folder / "devices" / "seen.json").write_bytes(b"{")
     with pytest.raises(FleetError, match=r"seen\.json: cannot be read"):
         site.look()
 

@@ -157,7 +157,7 @@ def _look(options: argparse.Namespace, now: datetime.datetime) -> tuple[Fleet, P
     if not _is_url(options.place):
         folder = Path(options.place)
         fleet = read_fleet(folder, now, expected=options.expect, devices=options.devices)
-        return fleet, folder / SEEN
+        return fleet, (options.devices or folder / DEVICES) / SEEN
     address = Address.parse(options.place)
     if options.devices is None:
         raise FleetError(f"{address}: whose signature is whose? add --devices DIR/{DEVICES}")
