@@ -74,13 +74,11 @@ brought nothing."""
 
 def material_of(graph: onnx.ModelProto, calibration: Calibration, spec: InputSpec) -> Material:
     """What the rungs of ``graph`` are made of; without held-out images those it saw have to do."""
-    chosen = calibration.choice.chosen[:LEARN_IMAGES]
-    many = [*calibration.choice.chosen, *calibration.further]
-    images, all_images, held_out = (
-        preprocess_batch([image.path for image in those], spec)
-        for those in (chosen, many, calibration.held_out or chosen)
-    )
-    return Material(graph, calibration.table, images, all_images, held_out)
+    chosen = [image.path for image in calibration.choice.chosen]
+    many = chosen + [example.path for example in calibration.further]
+    held_out = [example.path for example in calibration.held_out] or chosen[:LEARN_IMAGES]
+    images = (preprocess_batch(paths, spec) for paths in (chosen[:LEARN_IMAGES], many, held_out))
+    return Material(graph, calibration.table, *images)
 
 
 class PrecisionLadder:
