@@ -154,6 +154,7 @@ def _locked(state: Path, request: Request, device: str, now: Now, progress: Prog
     if lock is None:
         raise UpdateError("another update is at work on this device; run it again after that")
     with contextlib.closing(lock):
+        _sweep(state)
         settings = _settings(state, request)
         trust = request.root or _trust(state)
         with contextlib.closing(_transport(settings)) as transport:
@@ -271,16 +272,18 @@ class _Run:
     def _carry_out(
         self, decision: Decision, offer: Offer, updater: "Updater", *, dry_run: bool
     ) -> Result:
+        if decision.action == "fetch" and dry_run:
+            return "would stage"
+        if decision.action == "fetch":
+            slot = self._staged(offer) or self._fetch(offer, updater)
+            self._forget_downloads()
+            self._slots.activate(slot.sha256, allow_lower=offer.allow_lower)
+            return "staged"
+        self._forget_downloads()
         if decision.action == "withdraw":
             self._slots.activate(offer.sha256)
             return "withdrawn"
-        if decision.action != "fetch":
-            return decision.action
-        if dry_run:
-            return "would stage"
-        slot = self._staged(offer) or self._fetch(offer, updater)
-        self._slots.activate(slot.sha256, allow_lower=offer.allow_lower)
-        return "staged"
+        return decision.action
 
     def _staged(self, offer: Offer) -> Slot | None:
         """The slot that holds the bundle already, after a look at every byte of it."""
@@ -311,7 +314,6 @@ class _Run:
         except BundleError:  # signed, and no better for being kept
             part.unlink()
             raise
-        part.unlink()
         got = slot.release
         if (got.sha256, got.name, got.version) != (offer.sha256, offer.name, offer.version):
             raise UpdateError(
@@ -346,14 +348,29 @@ class _Run:
     def _make_room(self, part: Path, size: int) -> None:
         """For the rest of the download and for the slot; other downloads are given up."""
         part.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for other in part.parent.iterdir():
-            if other != part:
-                other.unlink()
+        self._forget_downloads(but=part)
         needed = size - (part.stat().st_size if part.exists() else 0) + size + _SPARE_BYTES
         if shutil.disk_usage(part.parent).free < needed:
             self._slots.collect()
         if shutil.disk_usage(part.parent).free < needed:
             raise UpdateError(_no_room(part.parent, needed))
+
+    def _forget_downloads(self, but: Path | None = None) -> None:
+        for file in (self._state / DOWNLOADS).glob("*"):
+            if file != but:
+                file.unlink()
+
+
+def _sweep(state: Path) -> None:
+    """Remove what a crash left half written; only the lock's holder may."""
+    from runtime.device_status import UPDATE
+
+    written = (state / name for name in (SETTINGS, TRUST, CHANNEL, UPDATE))
+    for path in (*written, *Floors(state).paths):
+        for leftover in path.parent.glob(f".{path.name}.*"):
+            leftover.unlink()
+    for leftover in (state / METADATA).glob("tmp*"):  # python-tuf's
+        leftover.unlink()
 
 
 def _settings(state: Path, request: Request) -> Settings:

@@ -1,0 +1,69 @@
+"""An update interrupted at every call that changes files; runs under ``tests/crash_at.c``."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import get_args
+
+from runtime.bundle import Bundle
+from runtime.errors import UpdateError
+from runtime.floor import second_copy
+from runtime.slots import Slots
+from runtime.update import Request, update
+from tests.crashes import Mode, rounds
+from tests.update_repository import Forge
+
+DEVICE = "0" * 32
+
+
+def tell(mode: Mode, folder: Path) -> int:
+    """A device that runs 1.0 is offered 1.1; returns the number of calls."""
+    forge = Forge(folder / "repository")
+    template, state = folder / "template", folder / "state"
+    forge.publish("1.0")
+    source = forge.folder.as_uri()
+    update(template, Request(source, "line", forge.trust), device=DEVICE)
+    Slots(template).begin_try()
+    Slots(template).commit()
+    before = Slots(template).status().state
+    right = forge.publish("1.1").sha256
+
+    def prepare() -> None:
+        shutil.rmtree(state, ignore_errors=True)
+        shutil.copytree(template, state, symlinks=True)
+        shutil.copy(second_copy(template), second_copy(state))
+
+    def look(where: str) -> str | None:
+        """What is on trial, after what runs was found untouched and whole."""
+        found = Slots(state).status()
+        assert found.state.current == before.current, where
+        assert not found.problems, where
+        for sha256 in found.state.in_use():
+            Bundle.open(state / "slots" / sha256 / "bundle")
+        return found.state.pending.release.sha256 if found.state.pending else None
+
+    count = 0
+    for ended in rounds(mode, prepare, lambda: update(state, device=DEVICE)):
+        count = ended.call
+        where = f"{mode} call {ended.call}: {ended.message}"
+        assert look(where) in (None, right), where
+        if mode == "full":
+            assert not ended.message or ended.message.startswith(UpdateError.__name__), where
+            assert ended.message or look(where) == right, where
+        assert update(state, device=DEVICE).outcome in ("staged", "pending"), where
+        assert look(where) == right, where
+        assert not left_over(state), where
+        assert not list((state / "downloads").iterdir()), where
+    return count
+
+
+def left_over(state: Path) -> list[Path]:
+    """Half-written files; those of the slots are swept with their next change."""
+    files = (path for path in state.rglob("*") if "slots" not in path.parts)
+    return [path for path in files if path.name.startswith((".", "tmp"))]
+
+
+if __name__ == "__main__":
+    modes: dict[str, Mode] = {mode: mode for mode in get_args(Mode)}
+    print(json.dumps(tell(modes[sys.argv[1]], Path(sys.argv[2]))))
