@@ -286,7 +286,7 @@ def test_a_form_over_budget_is_refused_after_every_rung(
 
     shortly = functools.partial(quantize_aware, steps=6)
     monkeypatch.setattr(teach, "quantize_aware", shortly)
-    monkeypatch.setattr(precision_ladder, "BUDGETS", (0.1, 0.3, 1.5))
+    monkeypatch.setattr(precision_ladder, "BUDGETS", (0.1, 0.3))
     strict = recipe_with(tmp_path, forms=("int8-cpu",), min_sqnr_db=60.0)
     assert export([str(strict)]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
@@ -354,7 +354,8 @@ def test_own_folders_and_an_unlabelled_field(
     (tmp_path / "field.csv").write_text("path,label,group\n" + lines)
     (tmp_path / "own.toml").write_text(
         'name = "own"\n[data]\nsource = "clean"\ntarget = "field.csv"\n'
-        "[input]\nsize = [32, 32]\n[source]\nepochs = 1\n[train]\nstrategy = 'feature-extraction'\n"
+        "[input]\nsize = [32, 32]\n[source]\nepochs = 1\n"
+        "[train]\nstrategy = 'feature-extraction'\n[train.similarity]\nimages = 8\n"
         "[calibration]\nimages = 16\n[export]\nforms = ['int8-cpu']\n"
         "[gate]\nmin_agreement = 0.7\nmin_sqnr_db = 3.0\n"
     )
