@@ -44,6 +44,9 @@ _REMEMBERED = 300
 _ENOUGH = 30
 """Fewer of them say nothing."""
 
+_LATER_S = 60.0
+"""Until what the disk refused is tried again."""
+
 _SLOW_SHARE = 0.01
 _SLOW_ONCE = 3
 """So many slow answers are the operating system's, not the model's."""
@@ -184,11 +187,13 @@ class LiveClassifier:
         self._proof: subprocess.Popen[bytes] | None = None
         self._lead: Lock | None = None
         self._seen: tuple[int, ...] = ()
+        self._look_at = math.inf
+        """When to look at the state although it has not changed."""
         self._trial: Trial | None = None
         self._before: _Opened | None = None
         """What answered before the trial, still open."""
         self._passed_over = ""
-        """A slot that does not answer here, whatever the state says: it was found to fail."""
+        """A slot that was found to fail here, as long as the state gives it a part."""
         self._milliseconds: deque[float] = deque(maxlen=_REMEMBERED)
         try:
             self._answering = self._open_standing() or self._open_first()
@@ -238,10 +243,12 @@ class LiveClassifier:
     def poll(self) -> None:
         """Between two frames: take over what is ready. A look at one file, if nothing is."""
         self._worker.finish()
-        if self._state_changed():
+        if self._state_changed() or self._clock() >= self._look_at:
+            self._look_at = math.inf
             self._follow()
         if self._trial is not None and self._worker.idle and self._trial.stable(self._clock()):
-            self._worker.ask(self._commit)
+            stable = self._answering
+            self._worker.ask(lambda: self._commit(stable))
 
     def close(self) -> None:
         """Free the engines. What is on trial stays so, and is tried again at the next start."""
@@ -291,6 +298,8 @@ class LiveClassifier:
         answering = self._answering.slot.sha256
         pending = state.pending.release.sha256 if state.pending else None
         current = state.current.sha256 if state.current else None
+        if self._passed_over not in (current, pending):
+            self._passed_over = ""
         if self._trial is not None:
             if current == answering:
                 self._settle()
@@ -305,10 +314,8 @@ class LiveClassifier:
             self._worker.ask(self._take_up)
 
     def _begin_trial(self, opened: _Opened) -> None:
-        pending = self._slots.status().state.pending
-        if pending is None or pending.release.sha256 != opened.slot.sha256:
-            opened.classifier.close()  # given up by somebody while it was being opened
-            return
+        # Should somebody have given it up meanwhile, the look at the state that is next ends this.
+        self._seen = ()
         self._before, self._answering = self._answering, opened
         self._start_trial(opened.limits)
 
@@ -356,8 +363,21 @@ class LiveClassifier:
         return self._lead is not None
 
     def _take_up(self) -> _Then | None:
-        opened = self._open_pending() if self._leads() else None
-        return (lambda: self._begin_trial(opened)) if opened else None
+        if self._closing or not self._leads():
+            return None
+        try:
+            opened = self._open_pending()
+        except (OSError, UpdateError) as error:  # of the state: a full disk may have room again
+            _log.warning("the slot on trial has to wait: %s", error)
+            return self._look_later
+        if opened and self._closing:
+            opened.classifier.close()
+        elif opened:
+            return lambda: self._begin_trial(opened)
+        return None
+
+    def _look_later(self) -> None:
+        self._look_at = self._clock() + _LATER_S
 
     def _open_pending(self) -> _Opened | None:
         """Prove and open the slot on trial; the try is spent on disk before it begins."""
@@ -397,14 +417,17 @@ class LiveClassifier:
             return None
         return lambda: self._replace(opened)
 
-    def _commit(self) -> _Then | None:
-        slot, limits, _ = self._answering
+    def _commit(self, stable: _Opened) -> _Then | None:
         try:
-            self._slots.commit(slot.sha256)
+            self._slots.commit(stable.slot.sha256)
         except (OSError, UpdateError) as error:
-            _log.warning("%s is stable and cannot be committed: %s", slot.release, error)
-            return lambda: self._start_trial(limits)
+            _log.warning("%s is stable and not committed: %s", stable.slot.release, error)
+            return lambda: self._prolong(stable)
         return None
+
+    def _prolong(self, stable: _Opened) -> None:
+        if self._answering is stable and self._trial is not None:
+            self._start_trial(stable.limits)
 
     def _give_up(self, slot: Slot, reason: str) -> _Then:
         _log.warning("%s is given up: %s", slot.release, reason)

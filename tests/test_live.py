@@ -4,6 +4,7 @@ The models are real graphs, the proofs real processes, and what kills is SIGKILL
 stability window is the tests' own.
 """
 
+import errno
 import signal
 import subprocess
 import sys
@@ -271,6 +272,39 @@ def test_of_two_on_one_folder_one_tries_and_the_other_follows(
         assert pending.tries == 2
         device.commit()
         answers_until(second, lambda: second.slot.version == "2")
+
+
+def test_a_disk_that_is_full_only_puts_a_change_off(
+    device: Slots, live: LiveClassifier, clock: Clock, better: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = True
+    step = Slots._step
+
+    def refusing(self: Slots, *arguments: Any) -> Any:
+        if full and self is not device:
+            raise OSError(errno.ENOSPC, "No space left on device", "state.json")
+        return step(self, *arguments)
+
+    monkeypatch.setattr(Slots, "_step", refusing)
+    slot = activated(device, better)
+    for picture in frames(50):
+        assert live(picture).version == "1"
+        time.sleep(0.002)
+    pending = device.status().state.pending
+    assert pending is not None
+    assert pending.tries == 3
+    full = False
+    clock.now += 61.0
+    answers_until(live, lambda: live.on_trial)
+    full = True
+    clock.now += 61.0
+    for picture in frames(ANSWERS + 20):
+        assert live(picture).version == "2"
+        time.sleep(0.002)
+    full = False
+    clock.now += 61.0
+    answers_until(live, lambda: not live.on_trial)
+    assert device.current() == slot
 
 
 def test_where_nothing_was_committed_the_slot_on_trial_answers_first(
