@@ -1,4 +1,4 @@
-"""What a proof demands, decided without running one; and that no proof outlives who waits for it."""
+"""What a proof demands, decided without running one; and that none outlives who waits for it."""
 
 import os
 import signal
