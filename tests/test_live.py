@@ -208,13 +208,16 @@ def test_every_frame_is_answered_once_and_the_change_is_between_two(
 def test_a_minute_without_enough_answers_proves_nothing(
     device: Slots, live: LiveClassifier, clock: Clock, better: Path
 ) -> None:
-    activated(device, better)
+    slot = activated(device, better)
     answers_until(live, lambda: live.on_trial)
     clock.now += 3600.0
     for picture in frames(ANSWERS - 1):
         assert live(picture).version == "2"
-    live.poll()
+    for _ in range(50):  # time enough for a commit that must not be
+        live.poll()
+        time.sleep(0.002)
     assert live.on_trial
+    assert device.current() != slot
     live(frames(1)[0])
     answers_until(live, lambda: not live.on_trial)
     assert live.slot.version == "2"
