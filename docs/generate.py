@@ -35,8 +35,13 @@ BEGIN = "<!-- begin generated: make docs -->"
 END = "<!-- end generated -->"
 COMMANDS = (
     ("train",), ("train", "degradations"), ("calibration",), ("export",), ("export", "gate"),
+    ("export", "keys"), ("export", "publish"), ("export", "promote"), ("export", "rollback"),
+    ("export", "refresh"),
     ("runtime",), ("runtime", "classify"), ("runtime", "build"), ("runtime", "verify"),
-    ("runtime", "doctor"), ("runtime", "benchmark"),
+    ("runtime", "doctor"), ("runtime", "benchmark"), ("runtime", "update"), ("runtime", "stage"),
+    ("runtime", "activate"), ("runtime", "commit"), ("runtime", "rollback"),
+    ("runtime", "status"), ("runtime", "fleet", "enroll"), ("runtime", "fleet", "report"),
+    ("runtime", "fleet", "status"),
 )  # fmt: skip
 
 
