@@ -504,7 +504,7 @@ def test_benchmark_times_every_form_that_tensorrt_runs(
 def with_a_node_of_compiled_code(data: bytes) -> bytes:
     model = onnx.load_from_string(data)
     model.graph.node.add(op_type="EPContext", domain="com.microsoft", output=["plan"])
-    return model.SerializeToString()
+    return bytes(model.SerializeToString())
 
 
 @pytest.mark.parametrize(

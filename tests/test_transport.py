@@ -31,7 +31,7 @@ def test_plain_http_is_for_this_machine_or_for_those_who_ask_for_it() -> None:
     Transport().check("http://localhost:8000/repository")
     Transport().check("https://updates.example.org")
     Transport().check("file:///media/usb")
-    with pytest.raises(UpdateError, match="expected https, got http.*--allow-http"):
+    with pytest.raises(UpdateError, match=r"expected https, got http.*--allow-http"):
         Transport().check("http://updates.example.org")
     Transport(allow_http=True).check("http://updates.example.org")
 
@@ -59,7 +59,7 @@ def test_redirects_are_followed_on_the_same_scheme_and_not_for_ever(server: Serv
 @pytest.mark.parametrize("to", ["file:///etc/passwd", "ftp://h/x", "https://portal.example.org/"])
 def test_redirects_to_another_scheme_are_refused(server: Server, to: str) -> None:
     server.lies["moved"] = redirect(to)
-    with pytest.raises(UpdateError, match="sends us to .*captive portal"):
+    with pytest.raises(UpdateError, match=r"sends us to .*captive portal"):
         Transport().download_bytes(f"{server.url}/moved", 9)
 
 
