@@ -38,7 +38,7 @@ def find() -> dict[str, ModuleType]:
 
 def _parser(modules: dict[str, ModuleType]) -> argparse.ArgumentParser:
     summaries = "\n".join(
-        f"  {name:<14}{(module.__doc__ or '').splitlines()[0]}" for name, module in modules.items()
+        f"  {name:<15}{(module.__doc__ or '').splitlines()[0]}" for name, module in modules.items()
     )
     long = [name for name, module in modules.items() if getattr(module, "LONG", False)]
     parser = argparse.ArgumentParser(

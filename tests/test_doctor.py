@@ -225,7 +225,8 @@ def test_every_section_is_read_from_what_is_there(broken: Report) -> None:
 def test_the_text_has_a_section_for_each_and_fits_into_a_ticket(broken: Report) -> None:
     bundle = {"bundle": "solar 1.0.0", "forms": ["fp32", "int8"], "engine": "none"}
     lines = doctor.text(broken, bundle).splitlines()
-    assert max(map(len, lines)) <= 100
+    # A path is not broken, however deep the folder of this test is.
+    assert all(len(line) <= 100 or max(map(len, line.split())) > 50 for line in lines)
     titles = [line for line in lines if line and not line.startswith(" ")]
     assert titles == [
         "machine", "cuda", "tensorrt", "onnxruntime", "cache of engines", "bundle",
