@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +13,10 @@ import pytest
 from PIL import Image
 
 from runtime.private_files import Lock
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As in a job that a shell started with &: programs that tests interrupt would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if (_worker := os.environ.get("PYTEST_XDIST_WORKER")) is not None:
     # A core for each worker, and for what it starts: threads of two that share theirs would spend
