@@ -78,6 +78,8 @@ class Target(NamedTuple):
                 update(state, Request(source, "line"), device=DEVICE)
             except UpdateError:
                 return "refused" if Slots(state).status() == before else "WRONG"
+            except Exception:
+                return "WRONG"
             after = Slots(state).status().state
             pending = after.pending.release.sha256 if after.pending else None
             whole = pending == self.right and after.current == before.state.current
@@ -124,7 +126,7 @@ def measure(options: Options) -> Report:
                     "*Refused*: one sentence, and the slots as they were. *The right bundle all "
                     "the same*: the bit carried no meaning, and what was staged is, byte for byte, "
                     "what was published. *Wrong*: anything else, also a crash. From a stick "
-                    "(`file:`); a sample goes over HTTP in `tests/test_update.py`.",
+                    "(`file:`); a sample goes over HTTP in `tests/test_update_attacks.py`.",
                 ),
             ),
         ),

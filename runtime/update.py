@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from runtime import atomic
-from runtime.channel import Decision, Offer, channel_path, decide, decode
+from runtime.channel import MAX_CHANNEL_BYTES, Decision, Offer, channel_path, decide, decode
 from runtime.command import MACHINE_ERRORS
 from runtime.errors import BundleError, FieldfitError, UpdateError
 from runtime.floor import Clock, Floor, Floors, Seen, check_metadata, judge_clock, merge
@@ -261,7 +261,8 @@ class _Run:
             data = kept.read_bytes()
             target.verify_length_and_hashes(data)
             return decode(data)
-        data = self._transport.download_bytes(self._url(target), target.length)
+        limit = min(target.length, MAX_CHANNEL_BYTES)
+        data = self._transport.download_bytes(self._url(target), limit)
         target.verify_length_and_hashes(data)
         atomic.write_bytes(kept, data)
         return decode(data)
