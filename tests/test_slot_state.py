@@ -118,6 +118,21 @@ def test_nothing_older_than_the_highest_committed_version_is_taken() -> None:
     assert (state.current, state.floor) == (B, "2.0.0")
 
 
+def test_the_floor_rises_by_the_value_of_the_numbers() -> None:
+    assert committed(release("1.9.0"), release("1.10.0")).floor == "1.10.0"
+
+
+def test_the_slot_before_that_fails_a_trial_of_its_own_is_no_way_back_any_more() -> None:
+    state = took(slot_state.activate(committed(A, B), A, allow_lower=True))
+    state = took(slot_state.rollback(state, "bad", DATE))
+    assert (state.current, state.previous, state.pending) == (B, None, None)
+
+
+def test_every_step_that_changes_the_state_is_counted() -> None:
+    first = took(slot_state.activate(State(), A))
+    assert (first.generation, slot_state.begin_try(first, DATE).generation) == (1, 2)
+
+
 def test_a_damaged_slot_gives_way_to_the_one_before_and_is_not_barred() -> None:
     state = slot_state.damaged(committed(A, B), B.sha256, "a byte flipped", DATE)
     assert (state.current, state.previous) == (A, None)
