@@ -7,6 +7,7 @@ lie about what they have written. The same commands without fsync show that cuts
 """
 
 import contextlib
+import errno
 import fcntl
 import multiprocessing
 import os
@@ -351,7 +352,7 @@ class Disk:
         self._image.write_bytes(b"")
         os.truncate(self._image, _DISK_BYTES)
         _run("mkfs.ext4", "-q", "-F", self._image)
-        _run("mount", "-o", "loop", self._image, self.folder)
+        self._mount()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -367,7 +368,35 @@ class Disk:
             os.close(descriptor)
         yield
         _run("umount", self.folder)
-        _run("mount", "-o", "loop", self._image, self.folder)
+        self._mount()
+
+    def _mount(self) -> None:
+        """Mount it, and see that it is mounted anew.
+
+        Any process that starts a mount namespace copies our mount, and until it ends, mounting
+        gives back the file system that was shut down: there the power has not come back yet.
+        """
+        for _ in range(100):
+            _run("mount", "-o", "loop", self._image, self.folder)
+            if self._is_on():
+                return
+            _run("umount", self.folder)
+            time.sleep(0.1)
+        raise UpdateError(
+            "the disk is still shut down after 10 s: another mount namespace holds it; end what "
+            "started one and measure again"
+        )
+
+    def _is_on(self) -> bool:
+        probe = self.folder / "probe"
+        try:
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return False
+        return True
 
 
 def _run(*command: str | Path) -> None:
