@@ -180,10 +180,9 @@ def require_gpu() -> cudart.Device:
 
 
 def _facts(gpu: cudart.Device, library: cudart.Cudart, *, graph: bool) -> dict[str, str]:
-    major, minor = gpu.compute_capability
     return {
         "GPU": ", ".join(machine.gpus()) or "the driver does not name it",
-        "compute capability": f"{major}.{minor}",
+        "compute capability": gpu.capability,
         "memory": f"{gpu.total_bytes / 2**30:.1f} GiB"
         + (", shared with the CPU" if gpu.integrated else ""),
         "CUDA runtime, driver": f"{gpu.runtime_version}, {gpu.driver_version}",

@@ -187,7 +187,7 @@ def _key(library: TensorRT, gpu: cudart.Device, model: bytes, form: str) -> Plan
     return PlanKey(
         flavour=library.flavour,
         version=library.version,
-        gpu=".".join(map(str, gpu.compute_capability)),
+        gpu=gpu.capability,
         platform=machine.platform_tag(),
         cuda=f"{gpu.runtime_version}, driver {gpu.driver_version}",
         model_sha256=hashlib.sha256(model).hexdigest(),

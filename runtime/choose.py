@@ -306,8 +306,7 @@ class _Negotiation:
         version, gpu = _requirements(kind.name, request.device)
         where = f"{machine.platform_tag()}, {machine.cpu_model()}"
         if gpu is not None:
-            capability = ".".join(map(str, gpu.compute_capability))
-            where += f", compute capability {capability}, CUDA driver {gpu.driver_version}"
+            where += f", compute capability {gpu.capability}, CUDA driver {gpu.driver_version}"
         return Key(
             bundle=self.bundle.manifest.digest,
             engine=kind.name,

@@ -81,10 +81,9 @@ def _cuda() -> Cuda:
     device = probe()
     if isinstance(device, str):
         return Cuda(reason=device)
-    major, minor = device.compute_capability
     return Cuda(
         gpu=Gpu(
-            compute_capability=f"{major}.{minor}",
+            compute_capability=device.capability,
             integrated=device.integrated,
             free_bytes=device.free_bytes,
             total_bytes=device.total_bytes,

@@ -90,6 +90,11 @@ class Device(NamedTuple):
     driver_version: str
     """The newest CUDA that the driver supports."""
 
+    @property
+    def capability(self) -> str:
+        """The compute capability as people write it, e.g. ``8.7``."""
+        return ".".join(map(str, self.compute_capability))
+
 
 _HINTS = {
     2: "free GPU memory, or build the engine for smaller batches",

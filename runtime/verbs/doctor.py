@@ -42,38 +42,42 @@ def run(options: argparse.Namespace) -> int:
 
     if options.metrics and options.bundle is None:
         raise EngineError("--metrics are those of a bundle: fieldfit doctor BUNDLE --metrics")
-    about, choice = _about(options) if options.bundle else ({}, None)
+    about, bundle, choice = _about(options) if options.bundle else ({}, None, None)
     failed = options.bundle is not None and choice is None
     if options.metrics:
-        if choice is None:
+        if bundle is None or choice is None:
             raise EngineError(f"no metrics: {about['reasons']}")
-        print(engine_metrics(Bundle.open(options.bundle).manifest, choice), end="")
+        print(engine_metrics(bundle.manifest, choice), end="")
         return 0
     report = doctor.examine()
     if options.json:
         steps = [step._asdict() for step in choice.steps] if choice else []
-        bundle = {**about, "steps": steps} if about else None
-        print(json.dumps(msgspec.to_builtins(report) | {"bundle": msgspec.to_builtins(bundle)}))
+        shown = {**about, "steps": steps} if about else None
+        print(json.dumps(msgspec.to_builtins(report) | {"bundle": msgspec.to_builtins(shown)}))
     else:
         print(doctor.text(report, about))
     return 1 if failed else 0
 
 
-def _about(options: argparse.Namespace) -> tuple[dict[str, object], Choice | None]:
-    """What there is to say about the bundle, and its engine, closed again."""
+def _about(
+    options: argparse.Namespace,
+) -> tuple[dict[str, object], Bundle | None, Choice | None]:
+    """What there is to say about the bundle, the bundle, and its engine, closed again."""
     from runtime.doctor import bundle_facts
 
     logging.getLogger("runtime.choose").setLevel(logging.ERROR)  # the steps are in the report
     about: dict[str, object] = {}
+    bundle: Bundle | None = None
     try:
         bundle = Bundle.open(options.bundle)
         about = bundle_facts(bundle)
         check_runtime(bundle)
         choice = choose_engine(bundle, request(options), cache=cache(options))
     except FieldfitError as error:
-        return about | {"engine": "none", "reasons": [str(error)]}, None
+        return about | {"engine": "none", "reasons": [str(error)]}, bundle, None
     choice.engine.close()
-    return about | {
+    about |= {
         "engine": str(choice.engine),
         "reasons": [str(step) for step in choice.steps],
-    }, choice
+    }
+    return about, bundle, choice
