@@ -27,11 +27,11 @@ from tqdm import tqdm
 
 from benchmarks.harness import Options, Report, Table
 from benchmarks.small_bundles import small_zip
-from runtime import slot_state
 from runtime.bundle import Bundle
+from runtime.delivery import slot_state
+from runtime.delivery.slot_state import Refusal, Release, State
+from runtime.delivery.slots import Slots
 from runtime.errors import FieldfitError, UpdateError
-from runtime.slot_state import Refusal, Release, State
-from runtime.slots import Slots
 
 LONG = True
 

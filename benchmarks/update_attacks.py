@@ -18,10 +18,10 @@ from typing import Literal, NamedTuple
 from tqdm import tqdm
 
 from benchmarks.harness import Options, Report, Table
+from runtime.delivery.floor import second_copy
+from runtime.delivery.slots import Slots
+from runtime.delivery.update import Request, update
 from runtime.errors import UpdateError
-from runtime.floor import second_copy
-from runtime.slots import Slots
-from runtime.update import Request, update
 from tests.update_repository import Forge
 
 LONG = True

@@ -6,9 +6,9 @@ from typing import Any
 
 import msgspec
 
-from runtime.health import SOON
-from runtime.identity import Identity
-from runtime.status_document import (
+from runtime.delivery.fleet_health import SOON
+from runtime.delivery.identity import Identity
+from runtime.delivery.status_document import (
     FORMAT,
     BundleStatus,
     EngineStatus,

@@ -15,8 +15,8 @@ import msgspec
 
 from benchmarks.small_bundles import small_zip
 from runtime.bundle import Bundle
-from runtime.slot_state import State
-from runtime.slots import Slots
+from runtime.delivery.slot_state import State
+from runtime.delivery.slots import Slots
 from tests.crashes import Mode, rounds
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from runtime.activation import Limits, judge, keep_limits, kept_limits
+from runtime.delivery.activation import Limits, judge, keep_limits, kept_limits
+from runtime.delivery.live import Stability, Trial
+from runtime.delivery.proof import Findings
+from runtime.delivery.slots import Slots
 from runtime.errors import UpdateError
-from runtime.live import Stability, Trial
-from runtime.proof import Findings
-from runtime.slots import Slots
 from tests.model_zips import FOREVER, looping, model_zip
 
 LABELS = ("good", "bad")
@@ -98,8 +98,8 @@ def test_limits_travel_with_the_slot_and_damage_is_told(tmp_path: Path) -> None:
 PROVE = """
 import sys
 from pathlib import Path
-from runtime.activation import prove
-from runtime.slots import Slots
+from runtime.delivery.activation import prove
+from runtime.delivery.slots import Slots
 
 slot = Slots(Path(sys.argv[1])).stage(Path(sys.argv[2]))
 prove(slot, started=lambda process: print(process.pid, flush=True))

@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from runtime.channel import (
+from runtime.delivery.channel import (
     MAX_CHANNEL_BYTES,
     Offer,
     channel_path,
@@ -12,8 +12,8 @@ from runtime.channel import (
     encode,
     in_cohort,
 )
+from runtime.delivery.slot_state import Failure, Pending, Release, State
 from runtime.errors import UpdateError
-from runtime.slot_state import Failure, Pending, Release, State
 from tests.update_repository import NOW
 
 OFFER = Offer(

@@ -16,13 +16,13 @@ import msgspec
 import pytest
 
 from runtime.__main__ import main as fieldfit
+from runtime.delivery.fleet import Fleet, Row, read_fleet, write_key, write_report
+from runtime.delivery.fleet_health import Health, judge
+from runtime.delivery.fleet_mqtt import Address, collect, publish
+from runtime.delivery.fleet_page import page, summary, table
+from runtime.delivery.identity import Identity
+from runtime.delivery.status_document import MAX_STATUS_BYTES, sign_status
 from runtime.errors import FleetError
-from runtime.fleet import Fleet, Row, read_fleet, write_key, write_report
-from runtime.fleet_mqtt import Address, collect, publish
-from runtime.fleet_page import page, summary, table
-from runtime.health import Health, judge
-from runtime.identity import Identity
-from runtime.status_document import MAX_STATUS_BYTES, sign_status
 from tests.signed_devices import NOW, healthy, moment, new_identity
 
 HOUR = datetime.timedelta(hours=1)

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.errors import UpdateError
-from runtime.floor import (
+from runtime.delivery.floor import (
     RELEASED,
     SLACK,
     Floor,
@@ -19,6 +18,7 @@ from runtime.floor import (
     merge,
     second_copy,
 )
+from runtime.errors import UpdateError
 
 SEEN = st.builds(Seen, st.integers(0, 9), st.integers(0, 9))
 FLOOR = st.builds(

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from runtime import identity
+from runtime.delivery import identity
+from runtime.delivery.identity import Identity, PublicKey, device, encode_public, read_public
 from runtime.errors import FleetError
-from runtime.identity import Identity, PublicKey, device, encode_public, read_public
 
 
 def test_id_and_key_stay_the_same(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_many_who_come_first_at_once_get_one_identity(tmp_path: Path) -> None:
 CRASHES = """
 import os, sys
 from pathlib import Path
-from runtime.identity import Identity, device
+from runtime.delivery.identity import Identity, device
 
 Identity.open(Path(sys.argv[1]) / "imports")  # everything is loaded before the first fork
 ended = 0

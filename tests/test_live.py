@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 from onnx import helper
 
-from runtime.activation import Limits, keep_limits
 from runtime.candidates import Request
+from runtime.delivery.activation import Limits, keep_limits
+from runtime.delivery.live import LiveAnswer, LiveClassifier, Stability
+from runtime.delivery.slots import Slot, Slots
 from runtime.errors import DataError, UpdateError
-from runtime.live import LiveAnswer, LiveClassifier, Stability
-from runtime.slots import Slot, Slots
 from tests.model_zips import BAD, SIZE, frames, looping, model_zip, with_constants
 from tests.test_engines import CHANNELS, tiny_model
 
@@ -345,7 +345,7 @@ def test_a_current_slot_that_is_damaged_gives_way_to_the_one_before_it(
 SERVICE = """
 import os, signal, sys
 import numpy as np
-from runtime import live as module
+from runtime.delivery import live as module
 from runtime.candidates import Request
 
 folder, point = sys.argv[1:]

@@ -30,8 +30,8 @@ MAY_OPEN_ARCHIVES = {
 }
 MAY_START_PROCESSES = {
     "runtime/trials.py": "libraries that may crash or hang are tried apart; fixed arguments",
-    "runtime/activation.py": "a new slot is proven apart: a crash or a hang is a reason",
-    "runtime/live.py": "ends the proof of a new slot when it is closed; starts none itself",
+    "runtime/delivery/activation.py": "a new slot is proven apart: a crash or a hang is a reason",
+    "runtime/delivery/live.py": "ends the proof of a new slot when closed; starts none itself",
     "export/pipeline.py": "asks git which commit this is; fixed arguments",
 }
 

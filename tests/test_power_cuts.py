@@ -7,8 +7,8 @@ import pytest
 from benchmarks import power_cuts
 from benchmarks.power_cuts import Expected, Said, Step, Violation
 from benchmarks.small_bundles import small_zip
-from runtime.slot_state import State
-from runtime.slots import Slots
+from runtime.delivery.slot_state import State
+from runtime.delivery.slots import Slots
 
 
 @pytest.fixture

@@ -29,15 +29,15 @@ from export.publish.options import now
 from export.publish.publication import expiring, renew, why_renew
 from export.publish.repository import Repository, write
 from runtime.bundle import encode_zip
-from runtime.channel import Offer, channel_path, decode
+from runtime.delivery.channel import Offer, channel_path, decode
+from runtime.delivery.fleet import write_key, write_report
+from runtime.delivery.slots import Slots
+from runtime.delivery.status_document import BundleStatus, sign_status
+from runtime.delivery.update import Request, update
 from runtime.errors import ExportError
-from runtime.fleet import write_key, write_report
 from runtime.manifest import decode as decode_manifest
 from runtime.manifest import encode as encode_manifest
 from runtime.private_files import Lock
-from runtime.slots import Slots
-from runtime.status_document import BundleStatus, sign_status
-from runtime.update import Request, update
 from tests.signed_devices import healthy, moment, new_identity
 from tests.update_repository import Forge, Server, tiny_bundle
 

@@ -19,11 +19,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from runtime import channel, device_status, fleet, floor, npz, race, slots, update
+from runtime import npz, race
 from runtime.bundle import MAX_ZIP_BYTES, Bundle
+from runtime.delivery import channel, device_status, fleet, floor, slots, update
+from runtime.delivery.identity import device
 from runtime.engines.plan_cache import PlanCache
 from runtime.errors import BundleError, FleetError, UpdateError
-from runtime.identity import device
 from runtime.manifest import MAX_FILE_BYTES, Manifest, decode, encode
 from tests.model_zips import model_zip
 from tests.plan_files import KEY

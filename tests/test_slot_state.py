@@ -5,9 +5,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from runtime import slot_state
+from runtime.delivery import slot_state
+from runtime.delivery.slot_state import (
+    KEPT_FAILURES,
+    TRIES,
+    Failure,
+    Refusal,
+    Release,
+    State,
+    version_key,
+)
 from runtime.errors import UpdateError
-from runtime.slot_state import KEPT_FAILURES, TRIES, Failure, Refusal, Release, State, version_key
 
 DATE = "2026-01-01T00:00:00+00:00"
 

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from runtime.__main__ import main
-from runtime.slots import Slots
+from runtime.delivery.slots import Slots
 from tests.model_zips import BAD, SIZE, model_zip
 from tests.test_engines import CHANNELS
 

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from benchmarks.small_bundles import small_zip
-from runtime import slots as slots_module
 from runtime.__main__ import main as fieldfit
 from runtime.bundle import Bundle
+from runtime.delivery import slots as slots_module
+from runtime.delivery.slots import Slot, Slots, default_folder
 from runtime.errors import BundleError, FieldfitError, UpdateError
-from runtime.slots import Slot, Slots, default_folder
 from tests.mounts import mounting
 
 ROOT = Path(__file__).parent.parent
@@ -294,10 +294,10 @@ FULL = """
 import sys
 from pathlib import Path
 from benchmarks.small_bundles import small_zip
-from runtime import slots as slots_module
+from runtime.delivery import slots as slots_module
 from runtime.bundle import Bundle
 from runtime.errors import UpdateError
-from runtime.slots import Slots
+from runtime.delivery.slots import Slots
 
 disk, zips = Path(sys.argv[1]), Path(sys.argv[2])
 old, new = small_zip(zips, "1.0.0"), small_zip(zips, "1.1.0")
@@ -376,7 +376,7 @@ def test_a_full_disk_leaves_what_answers_and_is_recovered_from(tmp_path: Path) -
 WORKER = """
 import os, sys
 from pathlib import Path
-from runtime.slots import Slots
+from runtime.delivery.slots import Slots
 
 os.fsync = lambda descriptor: None
 slots, sha256 = Slots(Path(sys.argv[1])), sys.argv[2]

@@ -9,12 +9,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from runtime import device_status
-from runtime.errors import FleetError
-from runtime.identity import Identity
-from runtime.live import LiveClassifier
-from runtime.slots import Slots
-from runtime.status_document import (
+from runtime.delivery import device_status
+from runtime.delivery.identity import Identity
+from runtime.delivery.live import LiveClassifier
+from runtime.delivery.slots import Slots
+from runtime.delivery.status_document import (
     MAX_STATUS_BYTES,
     Known,
     Status,
@@ -23,6 +22,7 @@ from runtime.status_document import (
     read_status,
     sign_status,
 )
+from runtime.errors import FleetError
 from tests.model_zips import model_zip
 from tests.signed_devices import healthy, moment, new_identity
 
@@ -185,7 +185,7 @@ def test_the_number_rises_whatever_the_clock_says(one: Identity, tmp_path: Path)
 def describe(one: Identity, previous: Status | None, *, time: datetime.datetime, synchronised: bool,
              sha256: str = "ab" * 32) -> Status:  # fmt: skip
     from runtime import machine
-    from runtime.slot_state import Release, State
+    from runtime.delivery.slot_state import Release, State
 
     here = msgspec.structs.replace(machine.describe(), time=time, clock_synchronised=synchronised)
     release = Release(sha256=sha256, name="solar", version="1.0", manifest="12" * 32)

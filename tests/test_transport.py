@@ -12,8 +12,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from tuf.api.exceptions import DownloadHTTPError
 
+from runtime.delivery.transport import Transport
 from runtime.errors import UpdateError
-from runtime.transport import Transport
 from tests.update_repository import NOW, Handler, Lie, Server
 
 CONTENT = bytes(range(256)) * 1000

@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import pytest
 
+from runtime.delivery.floor import RELEASED, Floors, second_copy
+from runtime.delivery.slots import Slots
+from runtime.delivery.update import EXPIRES_SOON, Outcome, Request, update
 from runtime.errors import UpdateError
-from runtime.floor import RELEASED, Floors, second_copy
 from runtime.private_files import Lock
-from runtime.slots import Slots
-from runtime.update import EXPIRES_SOON, Outcome, Request, update
 from tests.update_repository import DAY, NOW, Forge, Handler, Keys, Server, tiny_bundle
 
 DEVICE = "0123456789abcdef" * 2

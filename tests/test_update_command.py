@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from runtime.__main__ import main as fieldfit
-from runtime.slots import Slots
-from runtime.update import read_settings
+from runtime.delivery.slots import Slots
+from runtime.delivery.update import read_settings
 from tests.update_repository import Forge
 
 

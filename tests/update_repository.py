@@ -32,7 +32,7 @@ from tuf.api.metadata import (
 from tuf.api.serialization.json import JSONSerializer
 
 from runtime.bundle import encode_zip
-from runtime.channel import Offer, encode
+from runtime.delivery.channel import Offer, encode
 from runtime.manifest import Adaptation, Artifact, FileEntry, Manifest, Quality
 from runtime.manifest import encode as encode_manifest
 from runtime.preprocess import InputSpec

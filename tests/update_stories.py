@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import get_args
 
 from runtime.bundle import Bundle
+from runtime.delivery.floor import second_copy
+from runtime.delivery.slots import Slots
+from runtime.delivery.update import Request, update
 from runtime.errors import UpdateError
-from runtime.floor import second_copy
-from runtime.slots import Slots
-from runtime.update import Request, update
 from tests.crashes import Mode, rounds
 from tests.update_repository import Forge
 

@@ -9,9 +9,9 @@ import sys
 
 import msgspec
 
+from runtime.delivery.live import LiveClassifier
+from runtime.delivery.slots import default_folder
 from runtime.errors import DataError
-from runtime.live import LiveClassifier
-from runtime.slots import default_folder
 
 
 def answer(live: LiveClassifier, path: str) -> object:

@@ -11,9 +11,9 @@ from tuf.api.metadata import TargetFile, Targets
 
 from export.publish.repository import File, Repository, next_targets, place, target_file
 from runtime.bundle import Bundle
-from runtime.channel import Offer, channel_path, decode, encode
+from runtime.delivery.channel import Offer, channel_path, decode, encode
+from runtime.delivery.slot_state import version_key
 from runtime.errors import ExportError, UpdateError
-from runtime.slot_state import version_key
 
 HIGHEST = "highest"
 """In the custom part of a channel's target: the highest version that the channel ever offered."""

@@ -133,8 +133,8 @@ def _proof(
     options: argparse.Namespace, repository: Repository, moment: datetime.datetime
 ) -> tuple[str, ...]:
     """What speaks for the bundle. Raises ExportError unless it is enough."""
-    from runtime.fleet import read_fleet
-    from runtime.health import healthy_canaries
+    from runtime.delivery.fleet import read_fleet
+    from runtime.delivery.fleet_health import healthy_canaries
 
     if options.fleet is None:
         raise ExportError("--require-healthy: expected --fleet DIR, the devices' status documents")

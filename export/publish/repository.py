@@ -36,7 +36,7 @@ from tuf.api.serialization.json import JSONSerializer
 
 from export.publish.keys import Ring, fingerprint
 from runtime import atomic
-from runtime.channel import MAX_CHANNEL_BYTES, Offer, channel_path, decode
+from runtime.delivery.channel import MAX_CHANNEL_BYTES, Offer, channel_path, decode
 from runtime.errors import ExportError, UpdateError
 from runtime.private_files import Lock
 

@@ -6,9 +6,9 @@ import sys
 import time
 from typing import get_args
 
+from runtime.delivery.slots import Slot, Slots
 from runtime.errors import UpdateError
 from runtime.manifest import Minimum
-from runtime.slots import Slot, Slots
 from runtime.verbs.options import add_state_option, add_verb, ordinal, positive, seconds, slots
 
 _LOOK_S = 0.1
@@ -81,8 +81,8 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
 
 def run(options: argparse.Namespace) -> int:
     """0; a slot that is not taken is an error."""
-    from runtime.activation import Limits, keep_limits
-    from runtime.live import led
+    from runtime.delivery.activation import Limits, keep_limits
+    from runtime.delivery.live import led
 
     device = slots(options)
     limits = Limits(
@@ -120,7 +120,7 @@ def _on_trial(device: Slots, slot: Slot) -> bool:
 
 def _watch(device: Slots, slot: Slot, options: argparse.Namespace) -> None:
     """Wait for what the running service makes of it."""
-    from runtime.live import led
+    from runtime.delivery.live import led
 
     print(f"fieldfit: the running service tries {slot.release}", file=sys.stderr)
     while _on_trial(device, slot):
@@ -135,7 +135,7 @@ def _watch(device: Slots, slot: Slot, options: argparse.Namespace) -> None:
 def _try_here(device: Slots, slot: Slot, options: argparse.Namespace) -> None:
     """Be the service until the trial is over, with golden samples as frames."""
     from runtime.candidates import Request
-    from runtime.live import LiveClassifier, Stability
+    from runtime.delivery.live import LiveClassifier, Stability
 
     request = Request(threads=options.threads, device=options.device)
     if not _on_trial(device, slot):

@@ -25,7 +25,7 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
 
 def run(options: argparse.Namespace) -> int:
     """0; a slot that is refused is an error."""
-    from runtime.activation import kept_limits, prove
+    from runtime.delivery.activation import kept_limits, prove
 
     device = slots(options)
     state = device.status().state

@@ -11,8 +11,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from runtime import atomic
-from runtime.errors import FleetError
-from runtime.fleet import (
+from runtime.delivery.fleet import (
     DEVICES,
     SEEN,
     Fleet,
@@ -24,11 +23,12 @@ from runtime.fleet import (
     write_report,
     write_seen,
 )
-from runtime.fleet_mqtt import SCHEMES, Address, collect, publish
-from runtime.fleet_page import page, summary, table
-from runtime.health import EXPECTED
-from runtime.identity import Identity
-from runtime.slots import default_folder
+from runtime.delivery.fleet_health import EXPECTED
+from runtime.delivery.fleet_mqtt import SCHEMES, Address, collect, publish
+from runtime.delivery.fleet_page import page, summary, table
+from runtime.delivery.identity import Identity
+from runtime.delivery.slots import default_folder
+from runtime.errors import FleetError
 from runtime.verbs.options import add_state_option, add_verb
 
 
@@ -118,7 +118,7 @@ def _enroll(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     """0; what cannot be done is an error."""
-    from runtime.device_status import report
+    from runtime.delivery.device_status import report
 
     state = options.state or default_folder()
     address = Address.parse(options.to) if _is_url(options.to) else None

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import get_args
 
 from runtime.candidates import EngineName, Request
+from runtime.delivery.slots import Slots, default_folder
 from runtime.engines.plan_cache import PlanCache
 from runtime.manifest import Minimum
-from runtime.slots import Slots, default_folder
 
 
 def add_verb(

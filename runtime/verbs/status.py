@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import msgspec
 
-from runtime.slot_state import TRIES
-from runtime.slots import Status
+from runtime.delivery.slot_state import TRIES
+from runtime.delivery.slots import Status
 from runtime.verbs.options import add_state_option, add_verb, slots
 
 

@@ -52,8 +52,8 @@ def run(options: argparse.Namespace) -> int:
     """0, also if there is nothing new; what goes wrong is an error."""
     from tqdm import tqdm
 
-    from runtime.identity import device
-    from runtime.update import Request, update, utc_now
+    from runtime.delivery.identity import device
+    from runtime.delivery.update import Request, update, utc_now
 
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # what it says is in the error
     state = slots(options).folder

@@ -24,14 +24,14 @@ from typing import NamedTuple
 
 import msgspec
 
-from runtime.activation import DEADLINE_S, Limits, kept_limits, prove
 from runtime.candidates import Request
 from runtime.classifier import Answer, Classifier
-from runtime.device_status import record_engine
+from runtime.delivery.activation import DEADLINE_S, Limits, kept_limits, prove
+from runtime.delivery.device_status import record_engine
+from runtime.delivery.slots import Slot, Slots
 from runtime.errors import BundleError, DataError, EngineError, FieldfitError, UpdateError
 from runtime.preprocess import ImageLike
 from runtime.private_files import Lock
-from runtime.slots import Slot, Slots
 
 _log = logging.getLogger(__name__)
 

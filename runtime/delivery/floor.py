@@ -15,8 +15,8 @@ from typing import NamedTuple
 import msgspec
 
 from runtime import atomic
+from runtime.delivery.slot_state import version_key
 from runtime.errors import UpdateError
-from runtime.slot_state import version_key
 
 RELEASED = datetime.datetime(2026, 11, 25, tzinfo=datetime.timezone.utc)
 """When this fieldfit was made, or a little before: no honest clock is behind it."""

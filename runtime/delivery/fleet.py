@@ -5,7 +5,7 @@
     DIR/status/ID.json        what devices reported; anybody may write here
 
 The folder is any folder: a share, a USB stick, the target of a copy. Documents from elsewhere
-(see runtime.fleet_mqtt) are surveyed in the same way. It judges nothing: runtime.health does.
+(see fleet_mqtt) are surveyed in the same way. It judges nothing: fleet_health does.
 """
 
 import datetime
@@ -16,10 +16,10 @@ from typing import NamedTuple
 import msgspec
 
 from runtime import atomic
+from runtime.delivery.fleet_health import EXPECTED, LEVELS, Health, judge
+from runtime.delivery.identity import PublicKey, encode_public, read_public
+from runtime.delivery.status_document import MAX_STATUS_BYTES, Known, Status, known_by, read_status
 from runtime.errors import FleetError
-from runtime.health import EXPECTED, LEVELS, Health, judge
-from runtime.identity import PublicKey, encode_public, read_public
-from runtime.status_document import MAX_STATUS_BYTES, Known, Status, known_by, read_status
 
 DEVICES, REPORTS, SEEN = "devices", "status", "seen.json"
 MAX_DEVICES = 100_000

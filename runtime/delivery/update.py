@@ -1,8 +1,8 @@
 """Fetch what a channel offers, believe none of it unproven, and put it on trial in a slot.
 
 Signatures, rollback and expiry of metadata are python-tuf's (https://theupdateframework.io); what
-it leaves open is closed by ``runtime.floor``. Whatever goes wrong is one sentence, and what runs
-goes on running. It knows no engine, and does not judge whether a bundle is any good.
+it leaves open is closed by ``floor``. Whatever goes wrong is one sentence, and what runs goes on
+running. It knows no engine, and does not judge whether a bundle is any good.
 """
 
 import contextlib
@@ -19,18 +19,25 @@ from urllib.parse import urlsplit
 import msgspec
 
 from runtime import atomic
-from runtime.channel import MAX_CHANNEL_BYTES, Decision, Offer, channel_path, decide, decode
 from runtime.command import MACHINE_ERRORS
+from runtime.delivery.channel import (
+    MAX_CHANNEL_BYTES,
+    Decision,
+    Offer,
+    channel_path,
+    decide,
+    decode,
+)
+from runtime.delivery.floor import Clock, Floor, Floors, Seen, check_metadata, judge_clock, merge
+from runtime.delivery.slots import Slot, Slots
 from runtime.errors import BundleError, FieldfitError, UpdateError
-from runtime.floor import Clock, Floor, Floors, Seen, check_metadata, judge_clock, merge
 from runtime.private_files import Lock
-from runtime.slots import Slot, Slots
 
 if TYPE_CHECKING:
     from tuf.api.metadata import TargetFile
     from tuf.ngclient import Updater
 
-    from runtime.transport import Transport
+    from runtime.delivery.transport import Transport
 
 SETTINGS, TRUST, CHANNEL = "update.json", "trust/root.json", "channel.json"
 METADATA, DOWNLOADS = "tuf", "downloads"
@@ -364,7 +371,7 @@ class _Run:
 
 def _sweep(state: Path) -> None:
     """Remove what a crash left half written; only the lock's holder may."""
-    from runtime.device_status import UPDATE
+    from runtime.delivery.device_status import UPDATE
 
     written = (state / name for name in (SETTINGS, TRUST, CHANNEL, UPDATE))
     for path in (*written, *Floors(state).paths):
@@ -400,7 +407,7 @@ def _trust(state: Path) -> bytes:
 
 def _transport(settings: Settings) -> "Transport":
     try:
-        from runtime.transport import Transport
+        from runtime.delivery.transport import Transport
     except ImportError as error:
         raise UpdateError(
             f"updates need python-tuf ({error}); pip install 'fieldfit[fleet]'"
@@ -478,7 +485,7 @@ def _sentence(error: Exception, now: datetime.datetime) -> str:
 
 def _record(state: Path, sentence: str, *, failed: bool) -> None:
     """For the device's status; a disk that refuses it is no second problem."""
-    from runtime.device_status import record_update
+    from runtime.delivery.device_status import record_update
 
     with contextlib.suppress(OSError, UpdateError):
         time = datetime.datetime.fromtimestamp(Floors(state).read().time, datetime.timezone.utc)

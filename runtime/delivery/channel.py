@@ -11,9 +11,9 @@ from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 
+from runtime.delivery.slot_state import State, version_key
 from runtime.errors import UpdateError
 from runtime.manifest import Sha256
-from runtime.slot_state import State, version_key
 
 MAX_CHANNEL_BYTES = 64 * 1024
 

@@ -6,8 +6,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from runtime.health import healthy_canaries, judge, span
-from runtime.status_document import BundleStatus, PassedOver, SlotStatus, Status
+from runtime.delivery.fleet_health import healthy_canaries, judge, span
+from runtime.delivery.status_document import BundleStatus, PassedOver, SlotStatus, Status
 from tests.signed_devices import NOW, SHA, ago, healthy, moment
 
 DAY = datetime.timedelta(days=1)

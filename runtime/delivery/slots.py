@@ -1,8 +1,8 @@
 """A device's slots on disk: verified bundles, and which of them answers, through any power cut.
 
-It knows no engine and no network, and decides nothing: ``runtime.slot_state`` does. Each bundle
-lies in a slot named by its zip's SHA-256; one small file, replaced as a whole, says which slot
-plays which part. A slot's bundle is not changed once it has its name.
+It knows no engine and no network, and decides nothing: ``slot_state`` does. Each bundle lies in a
+slot named by its zip's SHA-256; one small file, replaced as a whole, says which slot plays which
+part. A slot's bundle is not changed once it has its name.
 
     state.json                    the state
     slots/SHA256/bundle/          the verified bundle
@@ -26,11 +26,12 @@ from typing import NamedTuple
 
 import msgspec
 
-from runtime import atomic, slot_state
+from runtime import atomic
 from runtime.bundle import MANIFEST, Bundle
+from runtime.delivery import slot_state
+from runtime.delivery.slot_state import Refusal, Release, State
 from runtime.errors import BundleError, UpdateError
 from runtime.private_files import Lock
-from runtime.slot_state import Refusal, Release, State
 
 _log = logging.getLogger(__name__)
 

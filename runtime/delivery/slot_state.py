@@ -1,7 +1,7 @@
 """What may happen to a device's slots: one state, and the steps from it to the next.
 
 Pure: no files, no clock, no engine. A step answers with the new state, or with a Refusal and its
-reason. ``runtime.slots`` keeps the state on disk and the slots beside it.
+reason. ``runtime.delivery.slots`` keeps the state on disk and the slots beside it.
 
     stage ─► activate ─► begin_try (at most 3) ─► commit ─► current
                               │                      │

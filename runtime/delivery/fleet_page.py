@@ -11,9 +11,9 @@ import html
 from collections import Counter
 from collections.abc import Sequence
 
-from runtime.fleet import Fleet, Row
-from runtime.health import LEVELS, Level, span
-from runtime.status_document import Status
+from runtime.delivery.fleet import Fleet, Row
+from runtime.delivery.fleet_health import LEVELS, Level, span
+from runtime.delivery.status_document import Status
 
 COLUMNS = ("device", "health", "bundle", "engine", "last seen", "expires")
 

@@ -1,8 +1,8 @@
 """Runs in a process of its own: open a bundle as a device would, replay, time it, say what came.
 
-``python -m runtime.proof`` reads a Task as JSON from stdin and writes Findings or a Refused as JSON
-to stdout; anything else that goes wrong is a traceback, a signal, or no answer in time. It judges
-nothing and knows no slots: ``runtime.activation`` is the other side.
+``python -m runtime.delivery.proof`` reads a Task as JSON from stdin and writes Findings or a
+Refused as JSON to stdout; anything else that goes wrong is a traceback, a signal, or no answer in
+time. It judges nothing and knows no slots: ``activation`` is the other side.
 """
 
 import ctypes

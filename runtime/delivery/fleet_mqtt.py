@@ -11,9 +11,9 @@ import time
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from runtime.delivery.fleet import MAX_DEVICES
+from runtime.delivery.status_document import MAX_STATUS_BYTES
 from runtime.errors import FleetError
-from runtime.fleet import MAX_DEVICES
-from runtime.status_document import MAX_STATUS_BYTES
 
 SCHEMES = ("mqtt", "mqtts")
 PASSWORD = "FIELDFIT_MQTT_PASSWORD"

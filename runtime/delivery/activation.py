@@ -3,7 +3,7 @@
 The bundle is opened in a process of its own, so that a model that crashes, hangs or eats the
 memory is a reason and not our end. Its engine is built into the slot and stays there. What is
 demanded beyond the golden samples is in ``Limits``; ``judge`` is the pure decision. It knows no
-frames, and changes no state: ``runtime.live`` does.
+frames, and changes no state: ``runtime.delivery.live`` does.
 """
 
 import os
@@ -19,10 +19,10 @@ import msgspec
 import runtime
 from runtime import atomic
 from runtime.candidates import Request
+from runtime.delivery.proof import Findings, Place, ProofFault, Refused, Task
+from runtime.delivery.slots import Slot
 from runtime.errors import UpdateError
 from runtime.manifest import Minimum
-from runtime.proof import Findings, Place, ProofFault, Refused, Task
-from runtime.slots import Slot
 from runtime.trials import failure
 
 DEADLINE_S = 1800.0
@@ -173,7 +173,7 @@ def _run(
     path = os.pathsep.join(filter(None, places))
     pipe = subprocess.PIPE
     with subprocess.Popen(
-        [sys.executable, "-m", "runtime.proof"], stdin=pipe, stdout=pipe, stderr=pipe,
+        [sys.executable, "-m", "runtime.delivery.proof"], stdin=pipe, stdout=pipe, stderr=pipe,
         env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
     ) as process:  # fmt: skip
         started(process)

@@ -8,7 +8,7 @@ import datetime
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from runtime.status_document import Status
+from runtime.delivery.status_document import Status
 
 Level = Literal["healthy", "attention", "failing", "unknown"]
 LEVELS: tuple[Level, ...] = ("failing", "unknown", "attention", "healthy")

@@ -16,13 +16,10 @@ import msgspec
 
 from runtime import atomic, machine
 from runtime.classifier import Classifier
-from runtime.errors import FleetError
-from runtime.identity import Device, Identity
-from runtime.machine import Machine
-from runtime.manifest import Minimum
-from runtime.slot_state import Release, State
-from runtime.slots import Slot, Slots
-from runtime.status_document import (
+from runtime.delivery.identity import Device, Identity
+from runtime.delivery.slot_state import Release, State
+from runtime.delivery.slots import Slot, Slots
+from runtime.delivery.status_document import (
     FORMAT,
     MAX_STATUS_BYTES,
     BundleStatus,
@@ -39,6 +36,9 @@ from runtime.status_document import (
     read_status,
     sign_status,
 )
+from runtime.errors import FleetError
+from runtime.machine import Machine
+from runtime.manifest import Minimum
 from runtime.version import __version__
 
 STATUS, ENGINE, UPDATE = "status.json", "engine.json", "last_update.json"

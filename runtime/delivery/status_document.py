@@ -12,9 +12,9 @@ from typing import Annotated, NamedTuple
 
 import msgspec
 
+from runtime.delivery.identity import DeviceId, Identity, Name, PublicKey, check_name
 from runtime.engines.engine import Provider
 from runtime.errors import FleetError
-from runtime.identity import DeviceId, Identity, Name, PublicKey, check_name
 from runtime.manifest import Minimum, Sha256
 
 FORMAT = 1
