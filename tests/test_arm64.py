@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from runtime import Bundle
+from runtime.candidates import KINDS
 from runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
 from runtime.selftest import replay
 from tests.arm64 import __main__ as trial
@@ -123,6 +124,18 @@ def test_an_answer_without_a_lead_may_turn_by_rounding() -> None:
     assert row.agreement < 1
     assert row.clear_turned == 0
     assert row.passed
+
+
+def test_forms_that_no_cpu_is_offered_are_asked_what_a_self_test_asks() -> None:
+    (cpu,) = [kind for kind in KINDS if kind.name == "onnxruntime-cpu"]
+    offered = {form for tier in cpu.tiers for form in tier}
+    strict = {form for form, asked in judge.TOLERANCES.items() if asked.max_difference is not None}
+    assert strict == offered
+    far = LOGITS * 1.03  # 30 dB
+    assert judge.compare("int8", LOGITS, far).passed
+    assert not judge.compare("int8-cpu", LOGITS, far).passed
+    assert "whatever it is" in judge.reason(judge.compare("int8", LOGITS, far))
+    assert not judge.compare("int8", LOGITS, LOGITS * 1.1).passed
 
 
 def test_every_form_has_a_tolerance() -> None:
