@@ -10,9 +10,11 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import overload
+from typing import NamedTuple, overload
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from runtime import metrics
 from runtime.bundle import Bundle
@@ -39,6 +41,16 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     probabilities: dict[str, float]
     milliseconds: dict[str, float]
     """``preprocess`` (decode and resize) and ``infer``, an even share of the batch."""
+
+
+class Inspection(NamedTuple):
+    """The verdict on one image, and what it was made from: health checks look at that."""
+
+    answer: Answer
+    image: npt.NDArray[np.uint8]
+    """uint8 ``[H, W, C]``, as the model saw it."""
+    features: npt.NDArray[np.float32]
+    """float32 ``[D]``, what the model's last layer saw."""
 
 
 class Classifier:
@@ -120,16 +132,35 @@ class Classifier:
         while batch := list(islice(left, BATCH)):
             yield from self._classify(batch)
 
+    def inspect(self, image: ImageLike) -> Inspection:
+        """Classify one image, as a call does, and give back what the model saw of it.
+
+        Raises DataError if it cannot be read.
+        """
+        start = time.perf_counter()
+        batch = preprocess_batch([image], self.bundle.manifest.input)
+        prepared = time.perf_counter()
+        outputs = self.engine.infer(batch)
+        times = start, prepared, time.perf_counter()
+        (answer,) = self._answers(outputs.logits, times)
+        return Inspection(answer, batch[0], outputs.features[0])
+
     def _classify(self, images: list[ImageLike]) -> list[Answer]:
         start = time.perf_counter()
         batch = preprocess_batch(images, self.bundle.manifest.input)
         prepared = time.perf_counter()
         logits = self.engine.infer(batch).logits
-        done = time.perf_counter()
+        return self._answers(logits, (start, prepared, time.perf_counter()))
+
+    def _answers(
+        self, logits: npt.NDArray[np.float32], times: tuple[float, float, float]
+    ) -> list[Answer]:
+        """Answers to logits ``[N, K]``; ``times`` are those of start, prepared and done."""
+        start, prepared, done = times
         probabilities = metrics.softmax(logits, temperature=self.bundle.manifest.temperature)
         milliseconds = {
-            "preprocess": (prepared - start) * 1e3 / len(images),
-            "infer": (done - prepared) * 1e3 / len(images),
+            "preprocess": (prepared - start) * 1e3 / len(logits),
+            "infer": (done - prepared) * 1e3 / len(logits),
         }
         return [self._answer(row, milliseconds) for row in probabilities.tolist()]
 

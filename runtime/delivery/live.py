@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from runtime.candidates import Request
 from runtime.classifier import Answer, Classifier
@@ -58,6 +60,16 @@ class LiveAnswer(Answer, frozen=True, kw_only=True):
     slot: str
     """SHA-256 of the bundle."""
     version: str
+
+
+class LiveInspection(NamedTuple):
+    """``Inspection`` with the slot that gave the answer."""
+
+    answer: LiveAnswer
+    image: npt.NDArray[np.uint8]
+    """uint8 ``[H, W, C]``, as the model saw it."""
+    features: npt.NDArray[np.float32]
+    """float32 ``[D]``, what the model's last layer saw."""
 
 
 class Stability(NamedTuple):
@@ -224,21 +236,28 @@ class LiveClassifier:
 
         Raises DataError if it cannot be read, EngineError if the current slot fails.
         """
+        return self.inspect(image).answer
+
+    def inspect(self, image: ImageLike) -> LiveInspection:
+        """Classify one image, as ``Classifier.inspect`` does.
+
+        Raises DataError if it cannot be read, EngineError if the current slot fails.
+        """
         self.poll()
         if self._trial is None:
-            answer = self._ask(image)
-            self._milliseconds.append(answer.milliseconds["infer"])
-            return answer
+            inspection = self._ask(image)
+            self._milliseconds.append(inspection.answer.milliseconds["infer"])
+            return inspection
         try:
-            answer = self._ask(image)
+            inspection = self._ask(image)
         except DataError:
             raise
         except Exception as error:  # whatever a slot on trial does, the line goes on
             self._step_back(f"failed on a frame: {error}")
             return self._ask(image)
-        if slow := self._trial.answered(answer.milliseconds["infer"]):
+        if slow := self._trial.answered(inspection.answer.milliseconds["infer"]):
             self._step_back(slow)
-        return answer
+        return inspection
 
     def poll(self) -> None:
         """Between two frames: take over what is ready. A look at one file, if nothing is."""
@@ -270,13 +289,14 @@ class LiveClassifier:
 
     # --- between two frames
 
-    def _ask(self, image: ImageLike) -> LiveAnswer:
+    def _ask(self, image: ImageLike) -> LiveInspection:
         slot, _, classifier = self._answering
-        answer = classifier(image)
+        answer, seen, features = classifier.inspect(image)
         if not math.isfinite(answer.score):
             raise EngineError(f"{classifier.engine}: the answer is not finite (NaN or overflow)")
         fields = msgspec.structs.asdict(answer)
-        return LiveAnswer(**fields, slot=slot.sha256, version=slot.version)
+        live = LiveAnswer(**fields, slot=slot.sha256, version=slot.version)
+        return LiveInspection(live, seen, features)
 
     def _state_changed(self) -> bool:
         try:
