@@ -8,7 +8,8 @@
     ├── BundleError   a bundle is not, byte for byte, what its manifest says
     ├── EngineError   no engine can run the bundle here, or it answered wrongly
     ├── UpdateError   an update could not be fetched, trusted or activated
-    └── FleetError    a device's identity or status could not be made, sent, read or trusted
+    ├── FleetError    a device's identity or status could not be made, sent, read or trusted
+    └── ServeError    the HTTP service cannot be set up as asked
 
 Each message says what was expected, what came, and the way out. Only the ``__main__`` modules
 catch them: one line on stderr, exit code 1. Anything else is a bug and keeps its traceback.
@@ -69,3 +70,7 @@ class UpdateError(FieldfitError):
 
 class FleetError(FieldfitError):
     """A device's identity or status could not be made, sent, read or trusted."""
+
+
+class ServeError(FieldfitError):
+    """The HTTP service cannot be set up as asked."""
