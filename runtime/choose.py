@@ -22,7 +22,7 @@ from runtime.engines.onnxruntime_session import load_onnxruntime, require_gpu
 from runtime.engines.plan_cache import PlanCache
 from runtime.engines.tensorrt_library import installed
 from runtime.errors import EngineError, EngineFault
-from runtime.race import Key, Outcome, Ranking, race, rank, recall, remember
+from runtime.race import Failure, Key, Outcome, Ranking, race, rank, recall, remember
 from runtime.selftest import Opened, SelfTest, replay
 
 _log = logging.getLogger(__name__)
@@ -214,14 +214,13 @@ class _Negotiation:
         known = None if self.rebuild else recall(self.cache.folder, key)
         for form in around.forms:
             if known and form in known.failed:
-                reason = (
-                    f"{known.failed[form]} (on {known.date}; fieldfit build --rebuild tries again)"
-                )
-                self.add(Step(kind.title, form, False, reason, "failed self-test"))
+                failure = known.failed[form]
+                when = f"(on {known.date}; fieldfit build --rebuild tries again)"
+                self.add(Step(kind.title, form, False, f"{failure.reason} {when}", failure.fault))
         return key, known
 
     def _open_in_turn(
-        self, kind: Kind, forms: tuple[str, ...], failed: dict[str, str], only_first: bool
+        self, kind: Kind, forms: tuple[str, ...], failed: dict[str, Failure], only_first: bool
     ) -> dict[str, Opened]:
         """Those that open, by form; into ``failed`` goes what need not be tried again."""
         opened: dict[str, Opened] = {}
@@ -229,8 +228,8 @@ class _Negotiation:
             result = self._try(kind, form)
             if result is not None:
                 opened[form] = result
-            elif self.steps[-1].fault in _REMEMBERED:
-                failed[form] = self.steps[-1].reason
+            elif (fault := self.steps[-1].fault) in _REMEMBERED:
+                failed[form] = Failure(fault, self.steps[-1].reason)
             if kind.name in self._gone or (opened and only_first):
                 break
         return opened
@@ -315,7 +314,9 @@ class _Negotiation:
             threads=request.threads or 0,
         )
 
-    def _remember(self, key: Key, milliseconds: dict[str, float], failed: dict[str, str]) -> None:
+    def _remember(
+        self, key: Key, milliseconds: dict[str, float], failed: dict[str, Failure]
+    ) -> None:
         unkept = remember(self.cache.folder, key, milliseconds, failed)
         if unkept:
             _log.warning(

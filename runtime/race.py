@@ -18,6 +18,7 @@ import numpy.typing as npt
 from runtime import atomic
 from runtime.benchmark import interleave
 from runtime.engines.engine import Engine
+from runtime.errors import EngineFault
 
 EQUAL = 1.03
 """Times closer than this are the same: then the form with the higher SQNR is taken."""
@@ -41,6 +42,13 @@ class Key(msgspec.Struct, frozen=True, kw_only=True):
         return hashlib.sha256(msgspec.json.encode(self)).hexdigest()[:32]
 
 
+class Failure(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Why a form is not tried again."""
+
+    fault: EngineFault
+    reason: str
+
+
 class Outcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What came of the forms that were tried."""
 
@@ -49,8 +57,8 @@ class Outcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """UTC, e.g. ``2026-11-25``."""
     milliseconds: dict[str, float]
     """Median wall time of one call at batch 1, by form."""
-    failed: dict[str, str]
-    """Forms that could not be built here, or answered wrongly, and why: not tried again."""
+    failed: dict[str, Failure]
+    """Forms that could not be built here, or answered wrongly."""
 
 
 class Ranking(NamedTuple):
@@ -102,7 +110,7 @@ def recall(folder: Path | None, key: Key) -> Outcome | None:
 
 
 def remember(
-    folder: Path | None, key: Key, milliseconds: dict[str, float], failed: dict[str, str]
+    folder: Path | None, key: Key, milliseconds: dict[str, float], failed: dict[str, Failure]
 ) -> str:
     """Keep the outcome; why that was not possible, or nothing."""
     if folder is None:
@@ -110,6 +118,8 @@ def remember(
     date = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     outcome = Outcome(key=key, date=date, milliseconds=milliseconds, failed=failed)
     try:
+        # Plans are believed only in a folder that nobody else can write to, whatever the umask.
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         atomic.write_bytes(_file(folder, key), msgspec.json.format(msgspec.json.encode(outcome)))
     except OSError as error:
         return f"{folder}: {error.strerror}"

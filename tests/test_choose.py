@@ -78,6 +78,12 @@ def make_bundle(
     return Bundle.open(folder / "bundle")
 
 
+def with_a_strange_node(model: bytes) -> bytes:
+    strange = onnx.load_model_from_string(model)
+    strange.graph.node[-1].op_type = "Strange"
+    return bytes(strange.SerializeToString())
+
+
 @pytest.fixture(autouse=True)
 def decided(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
     """Races end as FAST says; returns the forms of each that was held."""
@@ -222,6 +228,35 @@ def test_what_failed_is_not_built_again_at_every_start(tmp_path: Path, trt: Stan
     assert (again.engine.form, trt.builds) == ("fp16", 2)
     assert opened(bundle, tmp_path, rebuild=True).engine.form == "fp16"
     assert trt.builds == 4
+
+
+def test_what_could_not_be_built_is_remembered_as_that(tmp_path: Path, trt: StandIn) -> None:
+    trt.unsupported = "Strange"
+    bundle = make_bundle(tmp_path, spoilt={"int8": with_a_strange_node})
+    for _ in range(2):
+        choice = opened(bundle, tmp_path)
+        assert fates(choice)[0] == ("TensorRT", "int8", "not built")
+        assert "Strange" in choice.steps[0].reason
+
+
+def test_what_tensorrt_cannot_read_is_said_without_building(
+    tmp_path: Path,
+    trt: StandIn,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logging.getLogger("runtime.choose"), "setLevel", lambda level: None)
+    bundle = str(make_bundle(tmp_path, spoilt={"int8": with_a_strange_node}).path)
+    assert fieldfit(["build", bundle, "--check"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"next: fieldfit build {bundle}"
+    trt.unsupported = "Strange"
+    assert fieldfit(["build", bundle, "--check", "--json"]) == 0
+    unread = json.loads(capsys.readouterr().out)
+    assert "Strange" in unread["int8"][0]
+    assert unread["fp16"] == []
+    assert fieldfit(["build", bundle, "--check", "--form", "int8"]) == 1
+    assert "TensorRT can read none of its forms" in capsys.readouterr().err
+    assert trt.builds == 0
 
 
 def test_a_form_that_fails_on_the_cpu_is_passed_over(tmp_path: Path, no_gpu: None) -> None:

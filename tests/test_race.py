@@ -1,12 +1,14 @@
 """The fastest form wins, equals by quality; what was measured is remembered, or measured again."""
 
+import os
+import stat
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
-from runtime.race import Key, race, rank, recall, remember
+from runtime.race import Failure, Key, race, rank, recall, remember
 from tests.test_engines import CHANNELS, HEIGHT, WIDTH, tiny_model
 
 KEY = Key(bundle="b" * 64, engine="onnxruntime-cpu", version="1.32.0", machine="x86", threads=2)
@@ -42,13 +44,23 @@ def test_a_race_times_each_form() -> None:
 def test_an_outcome_is_remembered_under_everything_it_depends_on(tmp_path: Path) -> None:
     import msgspec
 
-    assert remember(tmp_path, KEY, {"fp32": 8.0}, {"int8": "failed its self-test"}) == ""
+    failed = {"int8": Failure("not built", "out of memory")}
+    assert remember(tmp_path, KEY, {"fp32": 8.0}, failed) == ""
     outcome = recall(tmp_path, KEY)
     assert outcome is not None
     assert outcome.milliseconds == {"fp32": 8.0}
-    assert outcome.failed == {"int8": "failed its self-test"}
+    assert outcome.failed == failed
     for change in ({"bundle": "c"}, {"version": "1.33.0"}, {"machine": "arm"}, {"threads": 1}):
         assert recall(tmp_path, msgspec.structs.replace(KEY, **change)) is None
+
+
+def test_the_folder_it_makes_is_this_user_s_alone(tmp_path: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        remember(tmp_path / "cache", KEY, {"fp32": 8.0}, {})
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "cache").stat().st_mode) == 0o700
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"key": 1}', b"\xff" * 99, b" " * 10**6])

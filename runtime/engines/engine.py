@@ -188,6 +188,24 @@ def logits_of(engine: Engine, images: UInt8, batch: int = 16) -> Float32:
     return np.concatenate(rows)
 
 
+def has_node(model: bytes, operator: str) -> bool:
+    """Whether the ONNX graph, or a graph in it, has a node of this operator, without onnx.
+
+    Looks for the node's serialized op_type: field 4 of NodeProto in onnx.proto, with its length.
+    """
+    return bytes([4 << 3 | 2, len(operator)]) + operator.encode() in model
+
+
+def refuse_compiled_code(model: bytes) -> None:
+    """Raise EngineError for a graph that embeds an engine: native code in a model's clothes."""
+    if has_node(model, "EPContext"):
+        raise EngineError(
+            "the ONNX file carries a finished engine (a node EPContext), which is executable code "
+            "from elsewhere; export it again without",
+            "refused artifact",
+        )
+
+
 def one_line(error: Exception) -> str:
     """What a library says in many lines, short enough for a sentence of ours."""
     return " ".join(str(error).split())[:400]

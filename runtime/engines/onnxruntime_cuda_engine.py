@@ -4,7 +4,8 @@ It knows the options of onnxruntime's CUDA provider, not how a session is made a
 no GPU was at hand for is on benchmarks/gpu.md.
 """
 
-from runtime.engines.onnxruntime_session import SessionEngine, is_quantized, require_gpu
+from runtime.engines.engine import has_node
+from runtime.engines.onnxruntime_session import SessionEngine, require_gpu
 from runtime.errors import EngineError
 
 
@@ -19,7 +20,7 @@ class OnnxRuntimeCudaEngine(SessionEngine):
     """
 
     def __init__(self, model: bytes, *, form: str, device: int = 0) -> None:
-        if is_quantized(model):
+        if has_node(model, "DequantizeLinear"):
             raise EngineError(
                 f"onnxruntime CUDA: expected fp32 or fp16, got {form}: this provider has no INT8 "
                 "convolution kernels and would run it slower than fp32",

@@ -23,6 +23,7 @@ from runtime.engines.engine import (
     UInt8,
     input_shape,
     one_line,
+    refuse_compiled_code,
 )
 from runtime.errors import EngineError, EngineFault
 
@@ -68,7 +69,7 @@ class SessionEngine(Engine):
         spinning: bool = False,
         max_batch: int | None = None,
     ) -> None:
-        refuse_compiled_code(model, form)
+        refuse_compiled_code(model)
         onnxruntime = load_onnxruntime()
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
@@ -159,21 +160,6 @@ def require_gpu(provider: Provider, device: int) -> cudart.Device:
         with contextlib.redirect_stdout(io.StringIO()):
             onnxruntime.preload_dlls()
     return found
-
-
-def refuse_compiled_code(model: bytes, form: str) -> None:
-    """Raise EngineError for a graph that embeds an engine: native code in a model's clothes."""
-    if b"EPContext" in model:
-        raise EngineError(
-            f"{form}: expected a plain ONNX graph, got one with EPContext nodes, which carry "
-            "compiled code; export the bundle again without them",
-            "refused artifact",
-        )
-
-
-def is_quantized(model: bytes) -> bool:
-    """Whether the graph has Q/DQ nodes."""
-    return b"DequantizeLinear" in model
 
 
 def _not_loaded(

@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 from runtime.engines import cudart
+from runtime.engines.engine import has_node, refuse_compiled_code
 from runtime.engines.tensorrt_layers import Layer, node_precisions, parse_layers
 from runtime.engines.tensorrt_library import (
     Flavour,
@@ -140,12 +141,7 @@ def build(
         raise EngineError(reason, "wrong version")
     if library.flavour == "tensorrt" and _number(library) < OLDEST_TESTED:
         _log.warning("tensorrt %s: untested, 10.3 and newer are", library.version)
-    if _has_node(model, "EPContext"):
-        raise EngineError(
-            "the ONNX file carries a finished engine (a node EPContext), which is executable code "
-            "from elsewhere; export it again without",
-            "refused artifact",
-        )
+    refuse_compiled_code(model)
     gpu = _check_target(library, target_sm, device)
     if workspace_bytes is None:
         workspace_bytes, reason = workspace_for(gpu) if gpu else (WORKSPACE, "for another GPU")
@@ -172,11 +168,13 @@ def preflight(model: bytes, library: TensorRT | None = None) -> tuple[str, ...]:
     """What this TensorRT's parser cannot read of ``model``: a sentence for each node, or nothing.
 
     It takes a fraction of a build's time, but the builder has the last word. Raises EngineError
-    if there is no TensorRT, or no GPU where TensorRT needs one to parse.
+    if there is no TensorRT, no GPU where TensorRT needs one to parse, or if ``model`` carries
+    compiled code.
     """
     library = library or _any_library()
     if reason := check_version(library):
         raise EngineError(reason, "wrong version")
+    refuse_compiled_code(model)
     if library.flavour == "tensorrt":
         _check_target(library, None, 0)
     with listening(library) as heard:
@@ -239,14 +237,6 @@ def _number(library: TensorRT) -> tuple[int, ...]:
     return tuple(int(part) for part in library.version.split(".")[:2])
 
 
-def _has_node(model: bytes, operator: str) -> bool:
-    """Whether the graph, or a graph in it, has a node of this operator; for a device without onnx.
-
-    Looks for the node's serialized op_type: field 4 of NodeProto in onnx.proto, with its length.
-    """
-    return bytes([4 << 3 | 2, len(operator)]) + operator.encode() in model
-
-
 def _check_target(
     library: TensorRT, target_sm: tuple[int, int] | None, device: int
 ) -> cudart.Device | None:
@@ -294,7 +284,7 @@ def _typings(library: TensorRT) -> tuple[Typing, ...]:
 def _rungs(library: TensorRT, typing: Literal["auto"] | Typing, model: bytes) -> tuple[Typing, ...]:
     known = _typings(library)
     if typing == "auto":
-        return known if _has_node(model, "DequantizeLinear") else known[:1]
+        return known if has_node(model, "DequantizeLinear") else known[:1]
     if typing not in known:
         raise EngineError(
             f"{library.flavour} {library.version}: networks are always {known[0]}ly typed; build "
@@ -344,7 +334,7 @@ def _unbuilt(
     library: TensorRT, model: bytes, attempts: list[str], fault: EngineFault
 ) -> EngineError:
     words = "; ".join(attempts)
-    if _has_node(model, "DequantizeLinear") and "weak" not in _typings(library):
+    if has_node(model, "DequantizeLinear") and "weak" not in _typings(library):
         words += f" ({library.flavour} {library.version} has no weakly typed networks to try next)"
     return EngineError(f"{library.flavour} {library.version}: {words}", fault)
 
