@@ -51,6 +51,8 @@ class Inspection(NamedTuple):
     """uint8 ``[H, W, C]``, as the model saw it."""
     features: npt.NDArray[np.float32]
     """float32 ``[D]``, what the model's last layer saw."""
+    by: "Classifier"
+    """Who answered: its bundle and its engine."""
 
 
 class Classifier:
@@ -143,7 +145,7 @@ class Classifier:
         outputs = self.engine.infer(batch)
         times = start, prepared, time.perf_counter()
         (answer,) = self._answers(outputs.logits, times)
-        return Inspection(answer, batch[0], outputs.features[0])
+        return Inspection(answer, batch[0], outputs.features[0], self)
 
     def _classify(self, images: list[ImageLike]) -> list[Answer]:
         start = time.perf_counter()

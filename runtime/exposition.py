@@ -75,7 +75,10 @@ def histogram(name: str, meaning: str, buckets: Mapping[float, int], total: floa
         f"fieldfit_{name}_bucket{_inside({'le': _bound(bound)})} {count}"
         for bound, count in buckets.items()
     ]
-    lines += [f"fieldfit_{name}_sum {total:.15g}", f"fieldfit_{name}_count {[*buckets.values()][-1]}"]
+    lines += [
+        f"fieldfit_{name}_sum {total:.15g}",
+        f"fieldfit_{name}_count {[*buckets.values()][-1]}",
+    ]
     return _whole(name, "histogram", meaning, lines)
 
 

@@ -26,7 +26,8 @@ def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_an_inspection_has_the_answer_of_a_call_and_what_the_engine_saw(archive: Path) -> None:
     with Classifier.open(archive, threads=1) as classifier:
-        answer, image, features = classifier.inspect(PICTURE)
+        answer, image, features, by = classifier.inspect(PICTURE)
+        assert by is classifier
         called = classifier(PICTURE)
         seen = preprocess_batch([PICTURE], classifier.bundle.manifest.input)
         outputs = classifier.engine.infer(seen)
@@ -46,7 +47,8 @@ def test_an_inspection_of_a_slot_says_which_slot(tmp_path: Path, archive: Path) 
     slots.begin_try()
     slots.commit()
     with LiveClassifier(tmp_path / "state", request=Request(threads=1)) as live:
-        answer, image, features = live.inspect(PICTURE)
+        answer, image, features, by = live.inspect(PICTURE)
+        assert by is live.classifier
         called = live(PICTURE)
     assert (answer.slot, answer.version) == (sha256, "1")
     assert (answer.label, answer.score, answer.slot) == (called.label, called.score, called.slot)

@@ -26,11 +26,13 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from runtime.bundle import Bundle
 from runtime.candidates import Request
 from runtime.classifier import Answer, Classifier
 from runtime.delivery.activation import DEADLINE_S, Limits, kept_limits, prove
 from runtime.delivery.device_status import record_engine
 from runtime.delivery.slots import Slot, Slots
+from runtime.engines.engine import Engine
 from runtime.errors import BundleError, DataError, EngineError, FieldfitError, UpdateError
 from runtime.preprocess import ImageLike
 from runtime.private_files import Lock
@@ -70,6 +72,7 @@ class LiveInspection(NamedTuple):
     """uint8 ``[H, W, C]``, as the model saw it."""
     features: npt.NDArray[np.float32]
     """float32 ``[D]``, what the model's last layer saw."""
+    by: Classifier
 
 
 class Stability(NamedTuple):
@@ -231,6 +234,16 @@ class LiveClassifier:
         """The classifier that answers: its engine, its reasons, its bundle."""
         return self._answering.classifier
 
+    @property
+    def bundle(self) -> Bundle:
+        """The bundle that answers."""
+        return self._answering.classifier.bundle
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that answers."""
+        return self._answering.classifier.engine
+
     def __call__(self, image: ImageLike) -> LiveAnswer:
         """Classify one image, as ``Classifier`` does.
 
@@ -291,12 +304,12 @@ class LiveClassifier:
 
     def _ask(self, image: ImageLike) -> LiveInspection:
         slot, _, classifier = self._answering
-        answer, seen, features = classifier.inspect(image)
+        answer, seen, features, _ = classifier.inspect(image)
         if not math.isfinite(answer.score):
             raise EngineError(f"{classifier.engine}: the answer is not finite (NaN or overflow)")
         fields = msgspec.structs.asdict(answer)
         live = LiveAnswer(**fields, slot=slot.sha256, version=slot.version)
-        return LiveInspection(live, seen, features)
+        return LiveInspection(live, seen, features, classifier)
 
     def _state_changed(self) -> bool:
         try:
