@@ -7,12 +7,9 @@ import msgspec
 Word = Literal["OK", "DEFECT", "ABSTAIN", "NOT INSPECTED"]
 
 
-class Verdict(msgspec.Struct, frozen=True, kw_only=True):
-    """One record: JSON lines on stdout, MQTT payloads and the outbox all hold exactly this."""
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
+    """All of a verdict but whose it is and its number, which the outbox gives it."""
 
-    device: str
-    seq: int
-    """Running number of the device, without gaps; with ``device`` it tells duplicates."""
     time: str
     """When the frame was taken, ISO 8601 in UTC."""
     boot: str
@@ -33,3 +30,16 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
     engine: str = ""
     """Engine, provider and form that answered."""
     milliseconds: dict[str, float] = {}
+
+
+class Verdict(Finding, frozen=True, kw_only=True):
+    """One record: JSON lines on stdout, MQTT payloads and the outbox all hold exactly this."""
+
+    device: str
+    seq: int
+    """Running number of the device, without gaps; with ``device`` it tells duplicates."""
+
+
+def numbered(finding: Finding, device: str, seq: int) -> Verdict:
+    """The verdict that ``finding`` becomes as the ``seq``-th of ``device``."""
+    return Verdict(**msgspec.structs.asdict(finding), device=device, seq=seq)
