@@ -1,8 +1,9 @@
-"""The outcome of a negotiation as Prometheus metrics: a step down shows on a dashboard.
+"""Metrics in the words of Prometheus, and those of a negotiation: a step down shows on a dashboard.
 
 Text format 0.0.4 (Prometheus documentation, "Exposition formats"). It measures nothing itself.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
@@ -10,7 +11,11 @@ from runtime.choose import Choice
 from runtime.manifest import Manifest
 
 Sample = tuple[Mapping[str, str], float]
-Kind = Literal["gauge", "counter"]
+Samples = Iterable[Sample]
+Spread = tuple[Mapping[str, str], Mapping[float, float], float, int]
+"""Labels, values by quantile, sum and count."""
+
+Kind = Literal["gauge", "counter", "histogram", "summary"]
 
 
 def engine_metrics(manifest: Manifest, choice: Choice) -> str:
@@ -44,14 +49,35 @@ def engine_metrics(manifest: Manifest, choice: Choice) -> str:
     )
 
 
-def metric(
-    name: str, kind: Literal["gauge", "counter"], meaning: str, samples: Iterable[Sample]
-) -> str:
+def metric(name: str, kind: Literal["gauge", "counter"], meaning: str, samples: Samples) -> str:
     """One metric ``fieldfit_NAME`` with its help, its type and its samples."""
     return heading(name, kind, meaning) + "".join(sample(name, *one) for one in samples)
 
 
-def heading(name: str, kind: Literal["gauge", "counter", "histogram"], meaning: str) -> str:
+def histogram(name: str, meaning: str, buckets: Mapping[float, int], total: float) -> str:
+    """``buckets`` count what was observed up to and including each bound, the last one infinite;
+    ``total`` is the sum of it all."""
+    lines = [
+        sample(f"{name}_bucket", {"le": f"{bound:g}" if bound != math.inf else "+Inf"}, count)
+        for bound, count in buckets.items()
+    ]
+    lines += [sample(f"{name}_sum", {}, total), sample(f"{name}_count", {}, buckets[math.inf])]
+    return heading(name, "histogram", meaning) + "".join(lines)
+
+
+def summary(name: str, meaning: str, spreads: Iterable[Spread]) -> str:
+    """Quantiles of late, and sum and count of all, for each set of labels."""
+    lines = [heading(name, "summary", meaning)]
+    for labels, quantiles, total, count in spreads:
+        lines += [
+            sample(name, {**labels, "quantile": f"{quantile:g}"}, value)
+            for quantile, value in quantiles.items()
+        ]
+        lines += [sample(f"{name}_sum", labels, total), sample(f"{name}_count", labels, count)]
+    return "".join(lines)
+
+
+def heading(name: str, kind: Kind, meaning: str) -> str:
     """The lines that come before the samples of a metric."""
     return f"# HELP fieldfit_{name} {meaning}\n# TYPE fieldfit_{name} {kind}\n"
 
@@ -59,46 +85,11 @@ def heading(name: str, kind: Literal["gauge", "counter", "histogram"], meaning: 
 def sample(name: str, labels: Mapping[str, str], value: float) -> str:
     """One line. Any text is a label's value: quotes, backslashes and line breaks are escaped."""
     inside = ",".join(f'{key}="{_escaped(text)}"' for key, text in labels.items())
-    return f"fieldfit_{name}{f'{{{inside}}}' if inside else ''} {value:.10g}\n"
+    return f"fieldfit_{name}{f'{{{inside}}}' if inside else ''} {value:.15g}\n"
 
 
-def family(name: str, kind: Kind, meaning: str, samples: Iterable[Sample]) -> str:
-    """One metric, ``fieldfit_NAME``, with its samples; only its head where there are none."""
-    lines = [f"fieldfit_{name}{_inside(labels)} {value:.15g}" for labels, value in samples]
-    return _whole(name, kind, meaning, lines)
-
-
-def histogram(name: str, meaning: str, buckets: Mapping[float, int], total: float) -> str:
-    """``buckets`` count observations up to and including each bound, the last being infinite;
-    ``total`` is the sum of all that was observed."""
-    lines = [
-        f"fieldfit_{name}_bucket{_inside({'le': _bound(bound)})} {count}"
-        for bound, count in buckets.items()
-    ]
-    lines += [
-        f"fieldfit_{name}_sum {total:.15g}",
-        f"fieldfit_{name}_count {[*buckets.values()][-1]}",
-    ]
-    return _whole(name, "histogram", meaning, lines)
-
-
-def _gauge(name: str, meaning: str, samples: Iterable[Sample]) -> str:
-    return family(name, "gauge", meaning, samples)
-
-
-def _whole(name: str, kind: str, meaning: str, lines: Iterable[str]) -> str:
-    head = [f"# HELP fieldfit_{name} {meaning}", f"# TYPE fieldfit_{name} {kind}"]
-    return "\n".join([*head, *lines]) + "\n"
-
-
-def _inside(labels: Mapping[str, str]) -> str:
-    if not labels:
-        return ""
-    return "{" + ",".join(f'{key}="{_escaped(text)}"' for key, text in labels.items()) + "}"
-
-
-def _bound(value: float) -> str:
-    return "+Inf" if value == float("inf") else f"{value:g}"
+def _gauge(name: str, meaning: str, samples: Samples) -> str:
+    return metric(name, "gauge", meaning, samples)
 
 
 def _escaped(text: str) -> str:
