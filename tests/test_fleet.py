@@ -16,9 +16,10 @@ import msgspec
 import pytest
 
 from runtime.__main__ import main as fieldfit
+from runtime.delivery.broker import Address
 from runtime.delivery.fleet import Fleet, Row, read_fleet, write_key, write_report
 from runtime.delivery.fleet_health import Health, judge
-from runtime.delivery.fleet_mqtt import Address, collect, publish
+from runtime.delivery.fleet_mqtt import collect, publish
 from runtime.delivery.fleet_page import page, summary, table
 from runtime.delivery.identity import Identity
 from runtime.delivery.status_document import MAX_STATUS_BYTES, sign_status

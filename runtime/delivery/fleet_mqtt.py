@@ -1,61 +1,25 @@
 """Documents over MQTT: a device leaves its newest one retained under TOPIC/ID, a reader takes all.
 
-Addresses are ``mqtt://[user@]host[:port]/TOPIC``, or ``mqtts://`` with TLS and the machine's own
-certificate authorities; a password is read from $FIELDFIT_MQTT_PASSWORD. Documents are signed:
-the broker is trusted with nothing but carrying them. It does not know what they say.
+Documents are signed: the broker is trusted with nothing but carrying them. It does not know what
+they say.
 """
 
-import os
 import threading
 import time
-from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from typing import Any
 
+from runtime.delivery.broker import Address, new_client
 from runtime.delivery.fleet import MAX_DEVICES
 from runtime.delivery.status_document import MAX_STATUS_BYTES
 from runtime.errors import FleetError
-
-SCHEMES = ("mqtt", "mqtts")
-PASSWORD = "FIELDFIT_MQTT_PASSWORD"
 
 TIMEOUT_S = 20.0
 QUIET_S = 2.0
 """MQTT does not say which retained message is the last: so much silence does."""
 
-_PORTS = {"mqtt": 1883, "mqtts": 8883}
 _QOS = 1
 _HEADER_BYTES = 1024
 """Of a message beside its payload: the topic and properties."""
-
-
-class Address(NamedTuple):
-    """A topic of a broker."""
-
-    host: str
-    port: int
-    topic: str
-    tls: bool
-    user: str | None
-
-    @classmethod
-    def parse(cls, text: str) -> "Address":
-        """Raises FleetError for what is no address of a topic."""
-        try:
-            parts = urlsplit(text)
-            port = parts.port
-        except ValueError:
-            parts, port = urlsplit(""), None
-        topic = parts.path.strip("/")
-        odd = parts.query or text.endswith("#") or parts.fragment or set("+\0") & {*topic}
-        if parts.scheme not in SCHEMES or not parts.hostname or not topic or odd:
-            raise FleetError(f"expected mqtt://host/topic or mqtts://host/topic, got {text}")
-        return cls(
-            parts.hostname, port or _PORTS[parts.scheme], topic, parts.scheme == "mqtts",
-            parts.username,
-        )  # fmt: skip
-
-    def __str__(self) -> str:
-        return f"{'mqtts' if self.tls else 'mqtt'}://{self.host}:{self.port}/{self.topic}"
 
 
 def publish(address: Address, device: str, document: bytes, timeout_s: float = TIMEOUT_S) -> None:
@@ -101,26 +65,17 @@ class _Connection:
     """A connected client and its deadline."""
 
     def __init__(self, address: Address, timeout_s: float) -> None:
-        try:
-            from paho.mqtt import client as mqtt
-            from paho.mqtt.enums import CallbackAPIVersion, MQTTProtocolVersion
-            from paho.mqtt.packettypes import PacketTypes
-            from paho.mqtt.properties import Properties
-        except ImportError as error:
-            raise FleetError(
-                f"MQTT needs the paho-mqtt library ({error}); pip install 'fieldfit[mqtt]'"
-            ) from error
         self._address = address
         self._deadline = time.monotonic() + timeout_s
         self._up, self._subscribed = threading.Event(), threading.Event()
         self._refused = ""
-        self.client = mqtt.Client(CallbackAPIVersion.VERSION2, protocol=MQTTProtocolVersion.MQTTv5)
+        self.client = new_client(address)
         self.client.on_connect = self._connected
         self.client.on_subscribe = lambda *_: self._subscribed.set()
-        if address.user:
-            self.client.username_pw_set(address.user, os.environ.get(PASSWORD))
-        if address.tls:
-            self.client.tls_set()
+        # paho is an extra, and new_client is who says so where it is missing.
+        from paho.mqtt.packettypes import PacketTypes
+        from paho.mqtt.properties import Properties
+
         limits = Properties(PacketTypes.CONNECT)  # type: ignore[no-untyped-call]
         limits.MaximumPacketSize = MAX_STATUS_BYTES + _HEADER_BYTES
         try:

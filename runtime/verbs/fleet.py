@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from runtime import atomic
+from runtime.delivery.broker import SCHEMES, Address
 from runtime.delivery.fleet import (
     DEVICES,
     SEEN,
@@ -24,7 +25,7 @@ from runtime.delivery.fleet import (
     write_seen,
 )
 from runtime.delivery.fleet_health import EXPECTED
-from runtime.delivery.fleet_mqtt import SCHEMES, Address, collect, publish
+from runtime.delivery.fleet_mqtt import collect, publish
 from runtime.delivery.fleet_page import page, summary, table
 from runtime.delivery.identity import Identity
 from runtime.delivery.slots import default_folder
