@@ -19,6 +19,7 @@ from runtime.verbs import (
     doctor,
     fleet,
     rollback,
+    serve,
     stage,
     status,
     update,
@@ -56,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         rollback,
         status,
         fleet,
+        serve,
     ):
         verb.add(verbs)
     return parser
