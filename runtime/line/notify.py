@@ -4,11 +4,11 @@ One datagram to a socket whose name the service manager gives; without one, noth
 knows nothing of the line: who calls ``alive`` decides what being alive means.
 """
 
-import contextlib
 import os
 import socket
 import time
 from collections.abc import Callable, MutableMapping
+from contextlib import suppress
 
 
 class Notifier:
@@ -24,9 +24,6 @@ class Notifier:
         self._interval_s = watchdog_s / 4 if watchdog_s else None
         self._clock = clock
         self._due = 0.0
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-        # A service manager that reads nothing must not hold up the line.
-        self._socket.setblocking(False)
 
     @classmethod
     def from_environment(cls, environment: MutableMapping[str, str] = os.environ) -> "Notifier":
@@ -55,11 +52,10 @@ class Notifier:
         """The line ends; what is left is to close what it holds."""
         self._send("STOPPING=1")
 
-    def close(self) -> None:
-        """Let go of the socket."""
-        self._socket.close()
-
     def _send(self, message: str) -> None:
-        if self._address:
-            with contextlib.suppress(OSError):  # a manager that is away is no reason to stop
-                self._socket.sendto(message.encode(), self._address)
+        if not self._address:
+            return
+        # A manager that is away, or that reads nothing, must not hold up the line.
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as out, suppress(OSError):
+            out.setblocking(False)
+            out.sendto(message.encode(), self._address)

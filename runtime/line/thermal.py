@@ -4,6 +4,7 @@ It reads sysfs, as ``runtime.machine`` knows it, and decides; it drops no frame 
 works half of its time lets frames wait, and the oldest of those are dropped and counted.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,18 +29,26 @@ _REST_S = 1.0
 class Heat(NamedTuple):
     """What the sensors say."""
 
-    celsius: float | None
-    """Of the hottest zone; None where no zone can be read."""
-    zone: str
+    zones: Mapping[str, float]
+    """Degrees Celsius, hottest first; empty where no zone can be read."""
     throttling: tuple[str, ...]
     """What the kernel slows down now because of heat."""
 
+    @property
+    def celsius(self) -> float | None:
+        """Of the hottest zone."""
+        return max(self.zones.values(), default=None)
+
+    def __str__(self) -> str:
+        if not self.zones:
+            return "no sensor"
+        zone = max(self.zones, key=self.zones.__getitem__)
+        return f"{zone} at {self.zones[zone]:.1f} °C"
+
 
 def read_heat(root: Path = machine.ROOT) -> Heat:
-    """The hottest thermal zone of the file tree ``root``, and what is throttled."""
-    zones = machine.temperatures(root)
-    zone = next(iter(zones), "")
-    return Heat(zones.get(zone), zone, machine.throttling(root))
+    """The thermal zones of the file tree ``root``, and what is throttled."""
+    return Heat(machine.temperatures(root), machine.throttling(root))
 
 
 class Cooling:
@@ -67,7 +76,7 @@ class Cooling:
         if self.shedding and self._cool(heat) and settled >= _LONGER_S:
             self.share, self._since = self.share * 2, now
             self.reason = self.reason if self.shedding else ""
-            return f"{_degrees(heat)}, cooler again: works {self.share:.0%} of the time"
+            return f"{heat}, cooler again: works {self.share:.0%} of the time"
         return None
 
     def rest_s(self, busy_s: float) -> float:
@@ -76,16 +85,12 @@ class Cooling:
 
     def _too_hot(self, heat: Heat) -> str:
         if heat.throttling:
-            return f"{_degrees(heat)}, {', '.join(heat.throttling)} is active"
+            return f"{heat}, {', '.join(heat.throttling)} is active"
         if heat.celsius is not None and heat.celsius >= self._limit_c:
-            return f"{_degrees(heat)}, the limit is {self._limit_c:g} °C"
+            return f"{heat}, the limit is {self._limit_c:g} °C"
         return ""
 
     def _cool(self, heat: Heat) -> bool:
         # A zone that cannot be read any more must not keep the line slow for ever.
         below = heat.celsius is None or heat.celsius < self._limit_c - _BACK_C
         return below and not heat.throttling
-
-
-def _degrees(heat: Heat) -> str:
-    return f"{heat.zone} at {heat.celsius:.1f} °C" if heat.celsius is not None else "no sensor"
