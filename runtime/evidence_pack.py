@@ -48,7 +48,6 @@ NAME = re.compile(rf"([0-9]{{8,12}})-({'|'.join(REASONS)})-([0-9a-f]{{16}})(\.[a
 """Running number on the device, reason, beginning of the SHA-256, and the format's suffix."""
 
 Text = Annotated[str, msgspec.Meta(max_length=_MAX_TEXT)]
-Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -72,8 +71,8 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     said: Text = ""
     """The verdict's own reason."""
     label: Text | None = None
-    score: Share | None = None
-    probabilities: dict[str, Share] = {}
+    score: float | None = None
+    probabilities: dict[str, float] = {}
     flags: tuple[Text, ...] = ()
     bundle: Text = ""
     version: Text = ""
