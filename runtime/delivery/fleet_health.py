@@ -28,7 +28,7 @@ SOON = {
 
 _LEAST_MEMORY = 0.05
 _PROVIDERS = ("cpu", "cuda", "tensorrt")
-_NOT_EQUIPPED = ("missing library", "no device", "too slow", "not wanted")
+NOT_EQUIPPED = ("missing library", "no device", "too slow", "not wanted")
 """Faults of engines that a device was never meant to have; any other is a step down."""
 
 
@@ -166,7 +166,7 @@ def _engine(status: Status) -> list[_Finding]:
     return [
         ("attention", f"stepped down: {step.candidate}: {step.fault}: {step.reason}")
         for step in engine.passed_over
-        if step.fault not in _NOT_EQUIPPED
+        if step.fault not in NOT_EQUIPPED
     ]
 
 
