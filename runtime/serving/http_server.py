@@ -150,9 +150,7 @@ class Server(uvicorn.Server):
         listener: socket.socket,
         gate: Gate,
         metrics: ServingMetrics,
-        *,
-        tls: ssl.SSLContext | None = None,
-        started: Callable[[], object] = lambda: None,
+        tls: ssl.SSLContext | None,
     ) -> None:
         super().__init__(
             uvicorn.Config(
@@ -170,12 +168,17 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=round(gate.limits.shutdown_s),
             )
         )
-        self._listener, self._gate, self._metrics = listener, gate, metrics
-        self._tls, self._tell = tls, started
+        self._listener, self._gate, self._metrics, self._tls = listener, gate, metrics, tls
+        self._listening: Callable[[], object] = lambda: None
 
-    def run(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve, and return when all that was taken is answered."""
-        asyncio.run(self.serve(sockets))
+    def run(self, listening: Callable[[], object]) -> None:  # type: ignore[override]
+        """Serve, and return when all that was taken is answered; ``listening`` is told first."""
+        self._listening = listening
+        asyncio.run(self.serve())
+
+    def end(self) -> None:
+        """End as on SIGTERM; for any thread."""
+        self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen, with an end to how long a handshake may take."""
@@ -188,7 +191,7 @@ class Server(uvicorn.Server):
         )  # fmt: skip
         self.servers = [server]
         self.started = True
-        self._tell()
+        self._listening()
 
     def _connection(self) -> asyncio.Protocol:
         return Connection(

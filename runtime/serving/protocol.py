@@ -63,7 +63,7 @@ class InferRequest(NamedTuple):
 
 class _TensorParameters(msgspec.Struct):
     binary_data_size: Annotated[int, msgspec.Meta(ge=0)] | None = None
-    shared_memory_region: msgspec.Raw | None = None
+    shared_memory_region: msgspec.Raw = msgspec.Raw()
 
 
 class _Tensor(msgspec.Struct):
@@ -76,8 +76,8 @@ class _Tensor(msgspec.Struct):
 
 class _OutputParameters(msgspec.Struct):
     binary_data: bool | None = None
-    classification: msgspec.Raw | None = None
-    shared_memory_region: msgspec.Raw | None = None
+    classification: msgspec.Raw = msgspec.Raw()
+    shared_memory_region: msgspec.Raw = msgspec.Raw()
 
 
 class _Output(msgspec.Struct):
@@ -152,9 +152,9 @@ def _wanted_output(output: _Output, binary: bool) -> Wanted:
             f"outputs: expected some of {', '.join(OUTPUTS)}, got {output.name[:40]!r}"
         )
     parameters = output.parameters or _OutputParameters()
-    if parameters.shared_memory_region is not None:
+    if bytes(parameters.shared_memory_region):
         raise bad_request("shared memory is not offered; leave shared_memory_region out")
-    if parameters.classification is not None:
+    if bytes(parameters.classification):
         raise bad_request("classification is not offered; ask for label and probabilities")
     return Wanted(name, binary if parameters.binary_data is None else parameters.binary_data)
 
@@ -175,7 +175,7 @@ def _images(
     if not 1 <= count <= most:
         raise bad_request(f"{expected} with N of 1 to {most}, got {count:,}")
     parameters = tensor.parameters or _TensorParameters()
-    if parameters.shared_memory_region is not None:
+    if bytes(parameters.shared_memory_region):
         raise bad_request("shared memory is not offered; send the data itself")
     size = parameters.binary_data_size
     if (size or 0) != len(binary):

@@ -29,6 +29,8 @@ class Listening(NamedTuple):
 
     url: str
     served: Served
+    end: Callable[[], None]
+    """Ends it as SIGTERM does; for any thread."""
 
 
 class Address(NamedTuple):
@@ -70,11 +72,9 @@ def serve(
         with concurrent.futures.ThreadPoolExecutor(_decoders(), "fieldfit-decode") as decoders:
             workspace = Workspace(limits.work_bytes)
             service = Service(batcher, gate, workspace, decoders, metrics, tokens)
+            server = Server(make_app(service), listener, gate, metrics, tls)
             try:
-                Server(
-                    make_app(service), listener, gate, metrics, tls=tls,
-                    started=lambda: listening(Listening(url, served)),
-                ).run()  # fmt: skip
+                server.run(lambda: listening(Listening(url, served, server.end)))
             finally:
                 batcher.close()
 
