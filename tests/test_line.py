@@ -18,8 +18,8 @@ from runtime.classifier import Classifier
 from runtime.errors import DataError, EngineError
 from runtime.line.feed import ROOM, Feed
 from runtime.line.inspection import Inspected, Inspector, Noticed, iso, ok_labels
-from runtime.line.line_metrics import LineMetrics
-from runtime.line.loop import Line, Summary, sentence
+from runtime.line.line_metrics import LineMetrics, sentence
+from runtime.line.loop import Line
 from runtime.line.notify import Notifier
 from runtime.line.outbox import Outbox, Unkept
 from runtime.line.thermal import Cooling, Heat
@@ -240,13 +240,13 @@ def test_frames_are_kept_said_and_done_in_order(classifier: Classifier, outbox: 
     images: list[ImageLike] = [PICTURE, b"no picture", PICTURE]
     source = Listed("cam", [frame(n, image) for n, image in enumerate(images)])
     bench = Bench(Feed([source]), inspector(classifier), outbox)
-    summary = bench.line.run()
+    bench.line.run()
     assert [said["seq"] for said in bench.said] == [1, 2, 3]
     assert [said["frame"] for said in bench.said] == source.finished == ["0", "1", "2"]
     assert bench.verdicts()[1] == "NOT INSPECTED"
     assert kept(outbox) == [msgspec.convert(said, Verdict) for said in bench.said]
-    assert sum(summary.results.values()) == 3
-    assert summary.results["NOT INSPECTED"] == 1
+    assert sum(bench.metrics.results.values()) == 3
+    assert bench.metrics.results["NOT INSPECTED"] == 1
 
 
 class Full:
@@ -265,15 +265,14 @@ def test_what_the_disk_refuses_is_said_as_not_inspected_and_is_not_done(
 ) -> None:
     source = Listed("cam", [frame(n) for n in range(3)])
     bench = Bench(Feed([source]), inspector(classifier), Full(outbox))
-    summary = bench.line.run()
+    bench.line.run()
     refused = bench.said[1]
     assert refused["verdict"] == "NOT INSPECTED"
     assert "could not be kept: No space left on device" in refused["reason"]
     assert "seq" not in refused
     assert "label" not in refused or refused["label"] is None
     assert source.finished == ["0", "2"]
-    assert summary.unkept == 1
-    assert "1 not kept" in sentence(summary)
+    assert bench.metrics.rejected["disk"] == bench.metrics.results["NOT INSPECTED"] == 1
 
 
 def test_stop_ends_after_the_frame_in_hand(classifier: Classifier, outbox: Outbox) -> None:
@@ -480,10 +479,10 @@ def test_a_hot_line_drops_frames_and_says_that_heat_is_why(
         cooling=Cooling(limit_c=80.0), read_heat=lambda: Heat({"CPU": 95.0}, ()),
     )  # fmt: skip
     camera.go.release()
-    summary = bench.line.run()
+    bench.line.run()
     feed.close()
     assert rested[0] == pytest.approx(0.1)
-    assert summary.dropped > 0
+    assert feed.dropped["cam"] > 0
     told = [said["reason"] for said in bench.said if said["verdict"] == "NOT INSPECTED"]
     assert told
     assert "dropped: CPU at 95.0 °C, the limit is 80 °C" in told[0]
@@ -493,6 +492,6 @@ def test_a_hot_line_drops_frames_and_says_that_heat_is_why(
 
 
 def test_the_summary_counts_by_verdict() -> None:
-    summary = Summary({"OK": 9, "DEFECT": 3}, 2, 0)
-    assert sentence(summary) == "12 frames: 9 OK, 3 DEFECT; 2 dropped"
-    assert sentence(Summary({}, 0, 0)) == "0 frames; 0 dropped"
+    assert sentence({"DEFECT": 3, "OK": 9}, 2) == "12 frames: 9 OK, 3 DEFECT; 2 dropped"
+    assert sentence({"OK": 1}, 0) == "1 frame: 1 OK; 0 dropped"
+    assert sentence({}, 0) == "0 frames; 0 dropped"

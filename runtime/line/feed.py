@@ -99,6 +99,11 @@ class Feed:
         """Whether no source has more frames, and none is waiting."""
         return all(lane.ended and not self._waiting(lane) for lane in self._lanes)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the sources."""
+        return tuple(lane.source.name for lane in self._lanes)
+
     def ages(self) -> dict[str, float]:
         """Seconds since the newest frame of each source that ever gave one."""
         now = self._clock()

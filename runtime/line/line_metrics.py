@@ -183,3 +183,10 @@ def _standing(now: Standing) -> str:
 
 def _labelled(label: str, values: Mapping[str, float]) -> list[Sample]:
     return [({label: name}, value) for name, value in sorted(values.items())]
+
+
+def sentence(results: Mapping[Word, int], dropped: int) -> str:
+    """``12 frames: 9 OK, 3 DEFECT; 2 dropped``."""
+    counted = ", ".join(f"{results[word]} {word}" for word in get_args(Word) if results.get(word))
+    frames = sum(results.values())
+    return f"{frames} frame{'s' * (frames != 1)}{counted and f': {counted}'}; {dropped} dropped"

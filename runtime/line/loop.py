@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import msgspec
 
@@ -20,7 +20,7 @@ from runtime.line.line_metrics import LineMetrics
 from runtime.line.notify import Notifier
 from runtime.line.outbox import Unkept
 from runtime.line.thermal import Cooling, Heat
-from runtime.line.verdict import Finding, Verdict, Word
+from runtime.line.verdict import Finding, Verdict
 from runtime.sources.frame import Frame
 
 _log = logging.getLogger(__name__)
@@ -56,16 +56,6 @@ class Records(Protocol):
     def append(self, finding: Finding) -> Verdict | Unkept:
         """Number and keep it; it is on the disk when this returns."""
         ...
-
-
-class Summary(NamedTuple):
-    """How it went, once the loop has ended."""
-
-    results: dict[Word, int]
-    dropped: int
-    """Frames that were lost because the line was behind."""
-    unkept: int
-    """Findings that the disk refused."""
 
 
 class Line:
@@ -107,7 +97,7 @@ class Line:
         """End after the frame in hand; a signal handler may call it."""
         self._stopping = True
 
-    def run(self) -> Summary:
+    def run(self) -> None:
         """Inspect until every source has ended, or ``stop``. Raises only what ``say`` raises."""
         while not (self._stopping or self._feed.ended):
             self._tick()
@@ -121,8 +111,6 @@ class Line:
             if self._failures < _IN_A_ROW:
                 self._notifier.alive()
         self._tick(last=True)
-        unkept = self._metrics.rejected["disk"]
-        return Summary(dict(self._metrics.results), self._feed.dropped.total(), unkept)
 
     def _inspect(self, taken: Taken) -> None:
         frame, source = taken
@@ -189,13 +177,3 @@ def _refused(finding: Finding, unkept: Unkept) -> Finding:
         reason=f"the record could not be kept: {unkept.reason}",
         milliseconds=finding.milliseconds,
     )  # fmt: skip
-
-
-def sentence(summary: Summary) -> str:
-    """``12 frames: 9 OK, 3 DEFECT; 2 dropped``."""
-    frames = sum(summary.results.values())
-    counted = ", ".join(f"{count} {word}" for word, count in summary.results.items() if count)
-    parts = [f"{frames} frames{': ' + counted if counted else ''}", f"{summary.dropped} dropped"]
-    if summary.unkept:
-        parts.append(f"{summary.unkept} not kept")
-    return "; ".join(parts)

@@ -55,7 +55,7 @@ class Cooling:
     """The share of its time that the line may work: all of it, then half, a quarter, an eighth."""
 
     def __init__(self, limit_c: float = LIMIT_C) -> None:
-        self._limit_c = limit_c
+        self.limit_c = limit_c
         self._since = float("-inf")
         self.share = 1.0
         self.reason = ""
@@ -86,11 +86,11 @@ class Cooling:
     def _too_hot(self, heat: Heat) -> str:
         if heat.throttling:
             return f"{heat}, {', '.join(heat.throttling)} is active"
-        if heat.celsius is not None and heat.celsius >= self._limit_c:
-            return f"{heat}, the limit is {self._limit_c:g} °C"
+        if heat.celsius is not None and heat.celsius >= self.limit_c:
+            return f"{heat}, the limit is {self.limit_c:g} °C"
         return ""
 
     def _cool(self, heat: Heat) -> bool:
         # A zone that cannot be read any more must not keep the line slow for ever.
-        below = heat.celsius is None or heat.celsius < self._limit_c - _BACK_C
+        below = heat.celsius is None or heat.celsius < self.limit_c - _BACK_C
         return below and not heat.throttling

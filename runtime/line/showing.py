@@ -1,0 +1,201 @@
+"""How the line stands, put together once a second for its page, its metrics and systemd.
+
+It reads what the parts of the line know of themselves and decides nothing; what is not there stays
+absent. It hangs on the loop like everything else that may fail.
+"""
+
+import datetime
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from runtime import atomic, machine
+from runtime.choose import Step
+from runtime.classifier import Classifier
+from runtime.delivery.device_status import expiries
+from runtime.delivery.fleet_health import NOT_EQUIPPED
+from runtime.delivery.live import LiveClassifier
+from runtime.delivery.slots import Slots
+from runtime.line.evidence import Evidence
+from runtime.line.feed import Feed
+from runtime.line.inspection import Inspected
+from runtime.line.line_metrics import LineMetrics, Standing, sentence
+from runtime.line.notify import Notifier
+from runtime.line.outbox import Outbox
+from runtime.line.page import snapshot
+from runtime.line.page.snapshot import Board, Condition
+from runtime.line.thermal import Cooling, Heat
+from runtime.line.verdict import Finding
+from runtime.sources.frame import Frame
+from runtime.version import __version__
+
+_FILE_S = 5.0
+"""How often the file of metrics is written; collectors ask every 15 to 60 seconds."""
+
+_DEVICE_S = 60.0
+"""How often slots and signed metadata are looked at."""
+
+
+class Parts(NamedTuple):
+    """What there is to ask."""
+
+    classifier: Callable[[], Classifier]
+    """The one that answers now."""
+    live: LiveClassifier | None
+    state: Path
+    device: str
+    """Its name for people."""
+    feed: Feed
+    metrics: LineMetrics
+    cooling: Cooling
+    heat: Callable[[], Heat]
+    outbox: Outbox
+    evidence: Evidence | None = None
+
+
+class Showing:
+    """Shows ``parts`` on ``board`` and in ``file``, where those are, and tells ``notifier``."""
+
+    def __init__(
+        self, parts: Parts, notifier: Notifier, *, board: Board | None, file: Path | None
+    ) -> None:
+        self._parts, self._notifier = parts, notifier
+        self._board, self._file = board, file
+        self._started = datetime.datetime.now(datetime.timezone.utc)
+        self._file_at = self._device_at = float("-inf")
+        self._update_state = "none"
+        self._expires: Mapping[str, datetime.datetime] = {}
+        self._faults: dict[str, str] = {}
+        self._machine = machine.describe().model or ""
+
+    def judged(self, frame: Frame, inspected: Inspected, said: Finding) -> None:
+        """What hangs on the loop is told this of every frame."""
+        self._faults[frame.source] = said.reason if inspected.fault == "camera" else ""
+        if self._board:
+            self._board.judged(said, inspected.seen.image if inspected.seen else None)
+
+    def tick(self) -> None:
+        """A second has gone by."""
+        now = time.monotonic()
+        if now >= self._device_at:
+            self._device_at = now + _DEVICE_S
+            self._look_at_device()
+        self._notifier.status(self.status())
+        writes_file = self._file is not None and now >= self._file_at
+        if not (self._board or writes_file):
+            return
+        text = self.metrics()
+        if self._board:
+            self._board.publish(self._condition("inspecting"), text)
+        if self._file and writes_file:
+            self._file_at = now + _FILE_S
+            atomic.write_text(self._file, text)
+
+    def end(self, said: str) -> None:
+        """The line has stopped, and ``said`` why."""
+        text = self.metrics()
+        if self._board:
+            self._board.publish(self._condition("stopped", said), text)
+        if self._file:
+            atomic.write_text(self._file, text)
+
+    def status(self) -> str:
+        """One line about it all."""
+        parts = self._parts
+        counted = sentence(parts.metrics.results, parts.feed.dropped.total())
+        return f"{counted}; {parts.classifier().engine}"
+
+    def metrics(self) -> str:
+        """All of it in the words of Prometheus."""
+        parts = self._parts
+        standing = self._standing(parts.classifier())
+        evidence = parts.evidence.metrics() if parts.evidence else ""
+        return parts.metrics.text(standing) + evidence
+
+    def _standing(self, classifier: Classifier) -> Standing:
+        parts, manifest = self._parts, classifier.bundle.manifest
+        return Standing(
+            bundle_sha256=parts.live.slot.sha256 if parts.live else manifest.digest,
+            bundle_version=manifest.version,
+            provider=classifier.engine.provider,
+            degraded=bool(degraded(classifier.steps)),
+            ages_s=parts.feed.ages(),
+            dropped=parts.feed.dropped,
+            heat=parts.heat(),
+            share=parts.cooling.share,
+            outbox=parts.outbox.counts(),
+            update_state=self._update_state,
+            expires={role: moment.timestamp() for role, moment in self._expires.items()},
+            drift={},
+        )
+
+    def _condition(self, phase: snapshot.Phase, said: str = "") -> Condition:
+        parts = self._parts
+        classifier = parts.classifier()
+        return Condition(
+            device=parts.device, fieldfit=__version__, phase=phase, said=said,
+            started=self._started, machine=self._machine,
+            model=self._model(classifier),
+            engine=snapshot.Engine(
+                name=str(classifier.engine), reasons=tuple(classifier.reasons),
+                degraded=degraded(classifier.steps),
+            ),
+            cameras=self._cameras(), heat=self._heat(), outbox=self._outbox(),
+            disks=(self._disk(),),
+            update=snapshot.Update(expires=dict(self._expires)) if self._expires else None,
+        )  # fmt: skip
+
+    def _model(self, classifier: Classifier) -> snapshot.Model:
+        manifest, live = classifier.bundle.manifest, self._parts.live
+        return snapshot.Model(
+            name=manifest.name,
+            version=manifest.version,
+            slot=live.slot.sha256 if live else "",
+            trial=f"{live.slot.release} answers on trial" if live and live.on_trial else "",
+            adaptation=str(manifest.adaptation),
+            verified=manifest.adaptation.verified,
+        )
+
+    def _cameras(self) -> tuple[snapshot.Camera, ...]:
+        feed, ages = self._parts.feed, self._parts.feed.ages()
+        return tuple(
+            snapshot.Camera(
+                name=name, age_s=ages.get(name), fault=self._faults.get(name, ""),
+                dropped=feed.dropped[name],
+            )
+            for name in feed.names
+        )  # fmt: skip
+
+    def _heat(self) -> snapshot.Heat:
+        heat, cooling = self._parts.heat(), self._parts.cooling
+        return snapshot.Heat(
+            zones=dict(heat.zones), limit_c=cooling.limit_c, throttling=heat.throttling,
+            share=cooling.share, reason=cooling.reason,
+        )  # fmt: skip
+
+    def _outbox(self) -> snapshot.Outbox:
+        counts = self._parts.outbox.counts()
+        return snapshot.Outbox(
+            rows=counts.rows, bytes=counts.bytes, sent=counts.sent, dropped=counts.dropped,
+            unkept=counts.unkept, refused=counts.refused,
+        )  # fmt: skip
+
+    def _disk(self) -> snapshot.Disk:
+        usage = shutil.disk_usage(self._parts.state)
+        return snapshot.Disk(path=str(self._parts.state), free=usage.free, total=usage.total)
+
+    def _look_at_device(self) -> None:
+        self._expires = expiries(self._parts.state / "tuf")
+        if self._parts.live is None:
+            return
+        state = Slots(self._parts.state).status().state
+        self._update_state = "on trial" if state.pending else "current"
+
+
+def degraded(steps: Sequence[Step]) -> str:
+    """Why an engine that this device is made for does not run; empty if it does."""
+    return "; ".join(
+        str(step) for step in steps if not step.accepted and step.fault not in NOT_EQUIPPED
+    )
