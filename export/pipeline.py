@@ -304,6 +304,12 @@ def _check_trained(recipe: Recipe, dataset: Dataset, facts: CheckpointFacts) -> 
     Above all the splits: held-out images of another split may have been trained on.
     """
     again = "run `make train` (python -m train RECIPE) again"
+    for label in recipe.export.ok:
+        if label not in facts.classes:
+            raise DataError(
+                f"[export] ok: expected labels of the model, {', '.join(facts.classes)}; got "
+                f"{label!r}"
+            )
     for table in ("input", "model"):
         if getattr(recipe, table) != getattr(facts, table):
             raise DataError(f"the checkpoint was trained with another [{table}]; {again}")

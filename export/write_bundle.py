@@ -63,6 +63,7 @@ def make_manifest(
         ),
         golden=GOLDEN,
         temperature=facts.temperature,
+        ok_labels=recipe.export.ok,
         minimum_runtime=__version__,
         required_provider=recipe.export.require,
         recipe_sha256=recipe.sha256,

@@ -117,6 +117,10 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """Divides the logits before softmax."""
     abstain_below: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
     """Answers with a lower score are marked as abstained."""
+    ok_labels: tuple[str, ...] = ()
+    """Labels of parts that are good; empty if nobody said which those are."""
+    reference: FileName | None = None
+    """The file of reference statistics (runtime/monitoring/reference.py), if it has one."""
     minimum_runtime: str = "0.1.0"
     required_provider: Minimum | None = None
     """The least that it may run on; a device that cannot is an error there, not a slow answer."""
@@ -187,9 +191,12 @@ def _checked(manifest: Manifest) -> Manifest:
     if "fp32" not in forms or len(set(forms)) != len(forms):
         raise BundleError(f"manifest: expected fp32 and each form once, got {', '.join(forms)}")
     missing = {a.file for a in manifest.artifacts} | {manifest.golden}
+    missing |= {manifest.reference} if manifest.reference else set()
     missing -= set(names)
     if missing:
         raise BundleError(f"manifest: names {', '.join(sorted(missing))} but does not list it")
     if len(manifest.labels) < 2 or len(set(manifest.labels)) != len(manifest.labels):
         raise BundleError("manifest: expected two or more different labels")
+    if unknown := sorted(set(manifest.ok_labels) - set(manifest.labels)):
+        raise BundleError(f"manifest: ok_labels names {', '.join(unknown)}, which is no label")
     return manifest

@@ -274,6 +274,13 @@ class ExportSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     require: Minimum | None = None
     """The least that a device may run it on: ``"tensorrt"``, or ``"cuda"`` for any engine on its
     GPU. A device that cannot refuses the bundle; by default it steps down, and says so."""
+    ok: tuple[str, ...] = ()
+    """Labels of parts that are good: a line says OK to those and DEFECT to all others. Without,
+    ``fieldfit watch`` has to be told with ``--ok``."""
+    max_error_accepted: Annotated[float, msgspec.Meta(gt=0, lt=0.5)] | None = None
+    """Largest share of wrong answers among those that are given: the device abstains below the
+    score from which on, with 95 % confidence, validation images allow no more. By default it
+    never abstains."""
 
     def __post_init__(self) -> None:
         if len(set(self.forms)) != len(self.forms):
