@@ -14,16 +14,18 @@ import msgspec
 import numpy as np
 import pytest
 
+from runtime.bundle import Bundle
 from runtime.classifier import Classifier
 from runtime.errors import DataError, EngineError
 from runtime.line.feed import ROOM, Feed
-from runtime.line.inspection import Inspected, Inspector, Noticed, iso, ok_labels
+from runtime.line.inspection import Inspected, Inspector, iso, ok_labels
 from runtime.line.line_metrics import LineMetrics, sentence
 from runtime.line.loop import Line
 from runtime.line.notify import Notifier
 from runtime.line.outbox import Outbox, Unkept
 from runtime.line.thermal import Cooling, Heat
 from runtime.line.verdict import Finding, Verdict
+from runtime.monitoring.image_quality import Flag
 from runtime.preprocess import ImageLike
 from runtime.sources.frame import Frame
 from tests.model_zips import LABELS, frames, model_zip
@@ -208,29 +210,42 @@ def test_an_answer_that_is_no_number_is_not_inspected(classifier: Classifier) ->
     assert (inspected.finding.verdict, inspected.fault) == ("NOT INSPECTED", "engine")
 
 
-class Flag(msgspec.Struct):
-    word: str
-    sentence: str
+class Checks:
+    """Flags as a test wants them; it remembers what it was shown."""
+
+    def __init__(self, *flags: Flag) -> None:
+        self.flags, self.shown = flags, list[str]()
+
+    def look(self, source: str, image: Any, bundle: Bundle) -> tuple[Flag, ...]:
+        self.shown.append(f"{source} {image[0, 0, 0]} {bundle.manifest.name}")
+        return self.flags
+
+    def forget(self, source: str) -> None:
+        self.shown.append(f"{source} none")
 
 
-def test_flags_are_abstain_with_their_sentences_and_see_the_image_before(
+def test_a_flag_that_alarms_is_abstain_and_one_that_does_not_is_only_told(
     classifier: Classifier,
 ) -> None:
-    pairs: list[tuple[int, int | None]] = []
-
-    def look(image: Any, before: Any) -> list[Noticed]:
-        pairs.append((int(image[0, 0, 0]), None if before is None else int(before[0, 0, 0])))
-        return [Flag("frozen", "it equals the one before")] if len(pairs) == 2 else []
-
-    line = inspector(classifier, look=look)
-    levels = frames(4)
+    noted = Flag("dark", "a little dark", 50.0, 60.0, False)
+    grave = Flag("frozen", "it equals the 3 before", 3.0, 3.0, True)
     found = [
-        line.inspect(frame(n, levels[n], source), 0.0).finding
-        for n, source in ((1, "x"), (2, "x"), (3, "y"))
+        inspector(classifier, checks=Checks(*flags)).inspect(frame(1), 0.0).finding
+        for flags in ((), (noted,), (noted, grave))
     ]
-    assert pairs == [(1, None), (2, 1), (3, None)]
-    assert [one.flags for one in found] == [(), ("frozen",), ()]
-    assert (found[1].verdict, found[1].reason) == ("ABSTAIN", "it equals the one before")
+    assert [one.flags for one in found] == [(), ("dark",), ("dark", "frozen")]
+    assert found[0].verdict == found[1].verdict != "ABSTAIN"
+    assert (found[2].verdict, found[2].reason) == ("ABSTAIN", "it equals the 3 before")
+
+
+def test_checks_see_what_the_model_saw_and_where_an_image_is_missing(
+    classifier: Classifier,
+) -> None:
+    checks = Checks()
+    line = inspector(classifier, checks=checks)
+    for image, source in ((frames(9)[8], "x"), (None, "x"), (b"no picture", "x"), (PICTURE, "y")):
+        line.inspect(frame(1, image, source), 0.0)
+    assert checks.shown == ["x 8 tiny", "x none", "y 100 tiny"]
 
 
 # --- the loop

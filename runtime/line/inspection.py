@@ -8,7 +8,7 @@ import datetime
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -61,10 +61,15 @@ class Noticed(Protocol):
     def word(self) -> str: ...
     @property
     def sentence(self) -> str: ...
+    @property
+    def alarms(self) -> bool: ...
 
 
-Look = Callable[[UInt8, UInt8 | None], Sequence[Noticed]]
-"""Checks an image, uint8 [H, W, C], against the one before it from the same source."""
+class Checks(Protocol):
+    """``runtime.line.health.Health``."""
+
+    def look(self, source: str, image: UInt8, bundle: Bundle) -> Sequence[Noticed]: ...
+    def forget(self, source: str) -> None: ...
 
 
 class Inspected(NamedTuple):
@@ -80,19 +85,18 @@ class Inspector:
     """Looks at frames one after the other; it serves one thread.
 
     ``boot`` is the kernel's boot id. ``ok`` are the labels that are OK instead of those that the
-    bundle names. Without ``look`` no image is checked.
+    bundle names. Without ``checks`` no image is checked.
 
     Raises DataError if the bundle does not have those labels, or none is named at all.
     """
 
     def __init__(
-        self, model: Model, *, boot: str, ok: Iterable[str] = (), look: Look | None = None
+        self, model: Model, *, boot: str, ok: Iterable[str] = (), checks: Checks | None = None
     ) -> None:
-        self._model, self._boot, self._look = model, boot, look
+        self._model, self._boot, self._checks = model, boot, checks
         self._given = tuple(ok)
         self._judging = model.bundle.manifest
         self._ok = ok_labels(self._judging, self._given)
-        self._before: dict[str, UInt8] = {}
 
     def inspect(self, frame: Frame, waited_s: float) -> Inspected:
         """What the line says about ``frame``, which ``waited_s`` seconds ago was taken.
@@ -101,7 +105,7 @@ class Inspector:
         """
         waited = {"wait": waited_s * 1e3}
         if frame.image is None:
-            self._before.pop(frame.source, None)
+            self._forget(frame.source)
             return self._not_inspected(frame, "camera", frame.fault or "there is no image", waited)
         try:
             return self._inspect(frame, frame.image, waited)
@@ -122,8 +126,7 @@ class Inspector:
         if manifest is not self._judging:  # a new slot answers
             self._ok, self._judging = self._labels(manifest), manifest
         start = time.perf_counter()
-        flags = self._look(seen.image, self._before.get(frame.source)) if self._look else ()
-        self._before[frame.source] = seen.image
+        flags = self._look(frame.source, seen)
         look = {"look": (time.perf_counter() - start) * 1e3}
         word, reason = judge(answer, flags, self._ok, manifest.abstain_below)
         finding = Finding(
@@ -133,6 +136,13 @@ class Inspector:
             milliseconds={**waited, **answer.milliseconds, **look},
         )  # fmt: skip
         return Inspected(finding, None, seen)
+
+    def _look(self, source: str, seen: Seen) -> Sequence[Noticed]:
+        return self._checks.look(source, seen.image, seen.by.bundle) if self._checks else ()
+
+    def _forget(self, source: str) -> None:
+        if self._checks:
+            self._checks.forget(source)
 
     def _not_inspected(
         self, frame: Frame, fault: Fault, reason: str, waited: dict[str, float]
@@ -154,8 +164,8 @@ def judge(
     answer: Answer, flags: Sequence[Noticed], ok: frozenset[str], abstain_below: float
 ) -> tuple[Word, str]:
     """The verdict on an image that was read, and why, if it is ABSTAIN."""
-    if flags:
-        return "ABSTAIN", "; ".join(flag.sentence for flag in flags)
+    if alarms := [flag.sentence for flag in flags if flag.alarms]:
+        return "ABSTAIN", "; ".join(alarms)
     if answer.abstained:
         return "ABSTAIN", (
             f"{answer.label} has a score of {answer.score:.3f}, the bundle asks for "
@@ -176,12 +186,12 @@ def ok_labels(manifest: Manifest, given: Sequence[str]) -> frozenset[str]:
                 f"{manifest.name} {manifest.version}: has no label {label!r} that --ok names; "
                 f"it has {known}"
             )
-    if not given:
+    if not given and not manifest.ok_labels:
         raise DataError(
             f"{manifest.name} {manifest.version}: does not say which of its labels are OK; pass "
             f"--ok LABEL, one or more of {known}"
         )
-    return frozenset(given)
+    return frozenset(given or manifest.ok_labels)
 
 
 def _when_and_where(frame: Frame) -> dict[str, Any]:
