@@ -20,10 +20,12 @@ from runtime.verbs import (
     fleet,
     rollback,
     serve,
+    service,
     stage,
     status,
     update,
     verify,
+    watch,
 )
 from runtime.version import __version__
 
@@ -58,6 +60,8 @@ def _parser() -> argparse.ArgumentParser:
         status,
         fleet,
         serve,
+        watch,
+        service,
     ):
         verb.add(verbs)
     return parser

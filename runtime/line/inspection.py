@@ -96,7 +96,8 @@ class Inspector:
         self._model, self._boot, self._checks = model, boot, checks
         self._given = tuple(ok)
         self._judging = model.bundle.manifest
-        self._ok = ok_labels(self._judging, self._given)
+        self.ok = ok_labels(self._judging, self._given)
+        """The labels that are OK, of the bundle that answers."""
 
     def inspect(self, frame: Frame, waited_s: float) -> Inspected:
         """What the line says about ``frame``, which ``waited_s`` seconds ago was taken.
@@ -124,11 +125,11 @@ class Inspector:
         if not math.isfinite(answer.score):
             raise EngineError(f"{seen.by.engine}: the answer is not finite (NaN or overflow)")
         if manifest is not self._judging:  # a new slot answers
-            self._ok, self._judging = self._labels(manifest), manifest
+            self.ok, self._judging = self._labels(manifest), manifest
         start = time.perf_counter()
         flags = self._look(frame.source, seen)
         look = {"look": (time.perf_counter() - start) * 1e3}
-        word, reason = judge(answer, flags, self._ok, manifest.abstain_below)
+        word, reason = judge(answer, flags, self.ok, manifest.abstain_below)
         finding = Finding(
             **_when_and_where(frame), boot=self._boot, verdict=word, reason=reason,
             flags=tuple(flag.word for flag in flags), label=answer.label, score=answer.score,

@@ -20,6 +20,7 @@ from runtime.delivery.live import LiveClassifier
 from runtime.delivery.slots import Slots
 from runtime.line.evidence import Evidence
 from runtime.line.feed import Feed
+from runtime.line.health import Health
 from runtime.line.inspection import Inspected
 from runtime.line.line_metrics import LineMetrics, Standing, sentence
 from runtime.line.notify import Notifier
@@ -28,11 +29,15 @@ from runtime.line.page import snapshot
 from runtime.line.page.snapshot import Board, Condition
 from runtime.line.thermal import Cooling, Heat
 from runtime.line.verdict import Finding
+from runtime.monitoring.drift import Moved
 from runtime.sources.frame import Frame
 from runtime.version import __version__
 
 _FILE_S = 5.0
 """How often the file of metrics is written; collectors ask every 15 to 60 seconds."""
+
+_SHOWN = 8
+"""Statistics that moved most, on the page."""
 
 _DEVICE_S = 60.0
 """How often slots and signed metadata are looked at."""
@@ -51,7 +56,10 @@ class Parts(NamedTuple):
     metrics: LineMetrics
     cooling: Cooling
     heat: Callable[[], Heat]
+    ok: Callable[[], frozenset[str]]
+    """The labels that are OK."""
     outbox: Outbox
+    health: Health
     evidence: Evidence | None = None
 
 
@@ -128,7 +136,7 @@ class Showing:
             outbox=parts.outbox.counts(),
             update_state=self._update_state,
             expires={role: moment.timestamp() for role, moment in self._expires.items()},
-            drift={},
+            drift={test.of: test.p_value for test in self._tests()},
         )
 
     def _condition(self, phase: snapshot.Phase, said: str = "") -> Condition:
@@ -142,8 +150,8 @@ class Showing:
                 name=str(classifier.engine), reasons=tuple(classifier.reasons),
                 degraded=degraded(classifier.steps),
             ),
-            cameras=self._cameras(), heat=self._heat(), outbox=self._outbox(),
-            disks=(self._disk(),),
+            cameras=self._cameras(), heat=self._heat(), drift=self._drift(),
+            outbox=self._outbox(), disks=(self._disk(),),
             update=snapshot.Update(expires=dict(self._expires)) if self._expires else None,
         )  # fmt: skip
 
@@ -156,6 +164,7 @@ class Showing:
             trial=f"{live.slot.release} answers on trial" if live and live.on_trial else "",
             adaptation=str(manifest.adaptation),
             verified=manifest.adaptation.verified,
+            ok_labels=tuple(sorted(self._parts.ok())),
         )
 
     def _cameras(self) -> tuple[snapshot.Camera, ...]:
@@ -174,6 +183,24 @@ class Showing:
             zones=dict(heat.zones), limit_c=cooling.limit_c, throttling=heat.throttling,
             share=cooling.share, reason=cooling.reason,
         )  # fmt: skip
+
+    def _tests(self) -> tuple[Moved, ...]:
+        report = self._parts.health.report
+        return report.tests if report else ()
+
+    def _drift(self) -> tuple[snapshot.Drift, ...] | None:
+        health = self._parts.health
+        if not health.knows:
+            return None
+        report = health.report
+        return tuple(
+            snapshot.Drift(
+                of=test.of, p_value=test.p_value, alpha=report.threshold,
+                drifted=test.p_value < report.threshold, window=report.window,
+                sentence=report.sentence,
+            )
+            for test in report.tests[:_SHOWN]
+        ) if report else ()  # fmt: skip
 
     def _outbox(self) -> snapshot.Outbox:
         counts = self._parts.outbox.counts()

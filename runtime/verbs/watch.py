@@ -1,0 +1,217 @@
+"""``fieldfit watch``: inspect what the sources bring, until they end or somebody stops it."""
+
+import argparse
+import math
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runtime import atomic
+from runtime.delivery.slots import default_folder
+from runtime.errors import EngineError
+from runtime.private_files import Lock
+from runtime.verbs.options import add_engine_options, add_state_option, add_verb, request
+
+if TYPE_CHECKING:
+    from runtime.classifier import Classifier
+    from runtime.delivery.live import LiveClassifier
+
+OUTBOX, LOCK = "outbox.db", "watch.lock"
+
+
+def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the verb to the command."""
+    parser = add_verb(
+        verbs,
+        "watch",
+        run,
+        summary="inspect what cameras and folders bring, frame after frame",
+        description="Give each frame of each source a verdict: OK, DEFECT, ABSTAIN, or NOT "
+        "INSPECTED with its reason. Each is kept in the state folder before it is printed as a "
+        "line of JSON. Answers come from the device's slots, or from --bundle. It ends when the "
+        "sources do, or after the frame in hand on SIGTERM or Ctrl-C.",
+        example="fieldfit watch watch:/srv/inbox --bundle build/solar/bundle --ok functional",
+    )
+    parser.add_argument(
+        "sources", nargs="+", metavar="SOURCE",
+        help="a file, glob or folder; watch:FOLDER; video:FILE; rtsp://...; /dev/videoN; "
+        "gst:PIPELINE; aravis:CAMERA",
+    )  # fmt: skip
+    parser.add_argument(
+        "--bundle", type=Path, metavar="PATH", help="answer with this one, not from the slots"
+    )
+    parser.add_argument(
+        "--ok", action="append", default=[], metavar="LABEL",
+        help="a label that is OK, every other one being a DEFECT; may be given again; default "
+        "what the bundle says",
+    )  # fmt: skip
+    parser.add_argument("--mqtt", metavar="URL", help="send verdicts: mqtt(s)://host/topic")
+    parser.add_argument("--modbus", metavar="ADDR", help="show verdicts to a PLC: HOST:PORT")
+    parser.add_argument("--page", metavar="ADDR", help="serve a status page: HOST:PORT")
+    parser.add_argument(
+        "--evidence", type=Path, metavar="FOLDER", help="keep frames there that are worth a look"
+    )
+    parser.add_argument(
+        "--metrics", type=Path, metavar="FILE",
+        help="write metrics there for a textfile collector, NAME.prom",
+    )  # fmt: skip
+    parser.add_argument(
+        "--hot", type=_celsius, default=90.0, metavar="CELSIUS",
+        help="work less from this temperature on; default 90",
+    )  # fmt: skip
+    add_state_option(parser)
+    add_engine_options(parser)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options that ``fieldfit watch ARGUMENTS`` would have; wrong usage ends the program."""
+    parser = argparse.ArgumentParser(prog="fieldfit")
+    add(parser.add_subparsers())
+    return parser.parse_args(["watch", *arguments])
+
+
+def written(options: argparse.Namespace) -> tuple[Path, ...]:
+    """Folders beside the state folder that such a line writes to."""
+    files = [options.evidence, options.metrics and options.metrics.parent, options.cache]
+    return tuple(path.absolute() for path in files if path)
+
+
+def read(options: argparse.Namespace) -> tuple[Path, ...]:
+    """Where such a line finds its bundle and its files."""
+    places = [source.removeprefix("watch:").removeprefix("video:") for source in options.sources]
+    files = [Path(place).absolute() for place in places if "://" not in place]
+    return (*files, options.bundle.absolute()) if options.bundle else tuple(files)
+
+
+def needs_network(options: argparse.Namespace) -> bool:
+    """Whether such a line talks to cameras, a broker, a PLC or browsers."""
+    cameras = any(
+        "://" in source or source.startswith(("gst:", "aravis:")) for source in options.sources
+    )
+    return cameras or any((options.mqtt, options.modbus, options.page))
+
+
+def run(options: argparse.Namespace) -> int:
+    """0 when the sources have ended or somebody stopped it."""
+    state = options.state or default_folder()
+    atomic.make_folder(state)
+    with ExitStack() as stack, _alone(state):
+        return _watch(options, state, stack)
+
+
+def _watch(options: argparse.Namespace, state: Path, stack: ExitStack) -> int:
+    from runtime.delivery.identity import device
+    from runtime.delivery.live import LiveClassifier
+    from runtime.line.evidence import Evidence
+    from runtime.line.feed import Feed
+    from runtime.line.health import Health
+    from runtime.line.inspection import Inspector
+    from runtime.line.line_metrics import LineMetrics, sentence
+    from runtime.line.loop import Line
+    from runtime.line.notify import Notifier
+    from runtime.line.outbox import Outbox
+    from runtime.line.page.snapshot import Board, board_folder, boot_id
+    from runtime.line.showing import Parts, Showing
+    from runtime.line.thermal import Cooling, read_heat
+    from runtime.sources import open_source
+
+    notifier = Notifier.from_environment()
+    me = device(state)
+    sources = [open_source(text, state=state) for text in options.sources]
+    model: Classifier | LiveClassifier = stack.enter_context(_open_model(options, state))
+    live = model if isinstance(model, LiveClassifier) else None
+    health = Health()
+    inspector = Inspector(model, boot=boot_id(), ok=options.ok, checks=health)
+    outbox = stack.enter_context(Outbox(state / OUTBOX, me.id))
+    metrics, cooling = LineMetrics(), Cooling(options.hot)
+    feed = Feed(sources)
+    stack.callback(feed.close)
+    line = Line(
+        feed, inspector, outbox, say=_say, notifier=notifier, metrics=metrics, cooling=cooling,
+        read_heat=read_heat, idle=live.poll if live else _nothing,
+    )  # fmt: skip
+    line.beside.append(health)
+    evidence = None
+    if options.evidence:
+        evidence = stack.enter_context(closing(Evidence(options.evidence, drifts=health.drifts)))
+        line.beside.append(evidence)
+    parts = Parts(
+        classifier=partial(_answering, model), live=live, state=state,
+        device=me.name, feed=feed, metrics=metrics, cooling=cooling, heat=lambda: line.heat,
+        ok=lambda: inspector.ok, health=health, outbox=outbox, evidence=evidence,
+    )  # fmt: skip
+    board = Board(board_folder(state)) if options.page else None
+    showing = Showing(parts, notifier, board=board, file=options.metrics)
+    line.beside.append(showing)
+    with _stopped_by_signals(line.stop):
+        notifier.ready(showing.status())
+        line.run()
+    notifier.stopping()
+    showing.end("stopped")
+    print(f"fieldfit: {sentence(metrics.results, feed.dropped.total())}", file=sys.stderr)
+    return 0
+
+
+def _open_model(options: argparse.Namespace, state: Path) -> "Classifier | LiveClassifier":
+    """What answers: the bundle that is named, or the slots, which may change."""
+    from runtime.classifier import Classifier
+    from runtime.delivery.live import LiveClassifier
+
+    asked = request(options)
+    if options.bundle is None:
+        return LiveClassifier(state, request=asked)
+    return Classifier.open(options.bundle, **asked._asdict(), cache=options.cache)
+
+
+def _answering(model: "Classifier | LiveClassifier") -> "Classifier":
+    from runtime.classifier import Classifier
+
+    return model if isinstance(model, Classifier) else model.classifier
+
+
+@contextmanager
+def _alone(state: Path) -> Iterator[None]:
+    """Two lines with one outbox would both be right and nobody could tell them apart."""
+    lock = Lock.attempt(state / LOCK)
+    if lock is None:
+        raise EngineError(
+            f"{state}: another fieldfit watch inspects with this state folder; stop it, or give "
+            "this one another --state"
+        )
+    with closing(lock):
+        yield
+
+
+@contextmanager
+def _stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """SIGTERM and Ctrl-C let the frame in hand be finished."""
+    numbers = signal.SIGTERM, signal.SIGINT
+    before = {number: signal.signal(number, lambda *_: stop()) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _say(line: bytes) -> None:
+    sys.stdout.buffer.write(line)
+    sys.stdout.buffer.flush()
+
+
+def _nothing() -> None:
+    pass
+
+
+def _celsius(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 20 <= value <= 150:
+        raise argparse.ArgumentTypeError(f"expected 20 to 150 degrees Celsius, got {text!r}")
+    return value
