@@ -32,6 +32,8 @@ class Options(NamedTuple):
     """A few seconds instead of a minute or two: shows that it runs, proves nothing."""
     cuts: int | None = None
     """How often power_cuts cuts; None is its own choice."""
+    minutes: int | None = None
+    """How long soak runs; None is its own choice."""
 
 
 class Clocks(NamedTuple):

@@ -18,7 +18,7 @@ from runtime.command import run_command
 from runtime.verbs.options import positive
 
 BUNDLE = Path("build") / "solar" / "bundle"
-OF_A_BUNDLE = "calibration", "inference", "openvino", "quantization"
+OF_A_BUNDLE = "calibration", "inference", "openvino", "quantization", "soak"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,6 +60,7 @@ def _parser(modules: dict[str, ModuleType]) -> argparse.ArgumentParser:
         "--bundle", type=Path, default=BUNDLE, metavar="PATH", help=f"default {BUNDLE}"
     )
     parser.add_argument("--cuts", type=positive, metavar="N", help="power_cuts: how many")
+    parser.add_argument("--minutes", type=positive, metavar="N", help="soak: how long")
     parser.add_argument(
         "--quick", action="store_true", help="a few seconds: print the tables, write nothing"
     )
@@ -67,7 +68,9 @@ def _parser(modules: dict[str, ModuleType]) -> argparse.ArgumentParser:
 
 
 def _run(modules: dict[str, ModuleType], options: argparse.Namespace) -> int:
-    chosen = harness.Options(bundle=options.bundle, quick=options.quick, cuts=options.cuts)
+    chosen = harness.Options(
+        bundle=options.bundle, quick=options.quick, cuts=options.cuts, minutes=options.minutes
+    )
     for name, module in modules.items():
         print(f"benchmarks: {name} ...", file=sys.stderr)
         measure = functools.partial(module.measure, chosen)
@@ -87,6 +90,8 @@ def _command(name: str, options: argparse.Namespace) -> str:
         command += f" --bundle {shown}"
     if options.cuts and name == "power_cuts":
         command += f" --cuts {options.cuts}"
+    if options.minutes and name == "soak":
+        command += f" --minutes {options.minutes}"
     return command + (" --quick" if options.quick else "")
 
 
