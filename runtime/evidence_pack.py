@@ -122,8 +122,12 @@ def what_fits(records: Iterable[Record]) -> list[Record]:
     return chosen
 
 
+Track = Callable[[Iterable[Record]], Iterable[Record]]
+"""Wraps the images that are about to be packed, e.g. in a progress bar."""
+
+
 def write_pack(
-    path: Path, contents: Contents, read: Callable[[Record], bytes | None]
+    path: Path, contents: Contents, read: Callable[[Record], bytes | None], track: Track = iter
 ) -> tuple[Record, ...]:
     """Write ``path``, whole or not at all, and return the records of the images that are in it.
 
@@ -134,7 +138,7 @@ def write_pack(
         atomic.replacing_file(path) as temporary,
         zipfile.ZipFile(temporary, "w", allowZip64=False) as archive,
     ):
-        for record in contents.records:
+        for record in track(contents.records):
             data = read(record)
             if data is None:
                 continue

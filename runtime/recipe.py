@@ -61,6 +61,9 @@ class DataSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     target: str | None = None
     """The field domain, in the same forms, or ``simulated``: half of the source's images as
     simulated field photos. Without one, the source is the field and nothing is adapted."""
+    evidence: tuple[str, ...] = ()
+    """Packs that ``fieldfit collect`` wrote: more field images, with the labels that ``PACK.csv``
+    beside ``PACK.zip`` gives them. They train and validate; the test images stay the same."""
     labels: Annotated[int, msgspec.Meta(ge=0)] | None = None
     """Labelled images of the target's training split that training may use, every class by its
     share; the others count as unlabelled. 0 uses none, none given uses all."""
@@ -521,6 +524,7 @@ def _with_absolute_paths(recipe: Recipe, folder: Path) -> Recipe:
         data,
         source=_place(data.source, resolve),
         target=_place(data.target, resolve),
+        evidence=tuple(map(resolve, data.evidence)),
     )
     if model.weights not in ("embedded", "pretrained", "random"):
         model = msgspec.structs.replace(model, weights=resolve(model.weights))

@@ -15,6 +15,7 @@ from runtime.dataset import Dataset, Domain, Example
 from runtime.errors import DataError
 from runtime.recipe import SIMULATED, Recipe
 from train.domains import Candidate, Listing, Track, check_images, list_domain
+from train.evidence import list_evidence, place_evidence
 from train.simulate import simulate
 from train.splits import SPLITS, assign_splits, choose_labelled, limit_images
 
@@ -31,10 +32,11 @@ def prepare(
 
     Examples come in the order of domain and digest. Of byte-identical images in one domain one
     is kept; all are in ``duplicates``. ``cache`` is a folder that remembers which images are
-    good, and keeps simulated field photos. ``known`` are the classes of a brought checkpoint; data
-    may name fewer. Field labels beyond the budget ``[data] labels`` are taken away from training
-    images, so that nothing can see them. ``track`` wraps the images to open in a progress bar,
-    ``draw`` those to simulate.
+    good, and keeps simulated field photos and unpacked evidence. ``known`` are the classes of a
+    brought checkpoint; data may name fewer. Field labels beyond the budget ``[data] labels`` are
+    taken away from training images, so that nothing can see them. What ``[data] evidence`` brings
+    counts towards no budget and no limit, and moves no other image into another split. ``track``
+    wraps the images to open in a progress bar, ``draw`` those to simulate.
 
     Raises DataError if a domain is missing or empty, an image of the source has no label, there
     are not two classes or the domains name different ones, identical images have different
@@ -50,9 +52,12 @@ def prepare(
             candidates=listing.candidates + target.candidates,
             set_aside=listing.set_aside + target.set_aside,
         )
-    classes = _classes(listing.candidates, known)  # before the slow part: a typo shows at once
+    evidence = Listing(candidates=list_evidence(data.evidence, cache / "evidence"))
+    # Before the slow part: a typo shows at once.
+    classes = _classes(listing.candidates + evidence.candidates, known)
     listing = check_images(listing, cache=cache, track=track)
-    duplicates = _duplicates(listing.candidates)
+    evidence = check_images(evidence, cache=cache, track=track)
+    duplicates = _duplicates(listing.candidates + evidence.candidates)
     chosen = limit_images(listing.candidates, data.limit, recipe.seed)
     examples = _examples(chosen, recipe)
     if data.target == SIMULATED:
@@ -64,13 +69,16 @@ def prepare(
             track=draw,
         )
     examples = _within_budget(examples, data.labels, recipe.seed)
+    known_images = {c.sha256 for c in listing.candidates} | {e.sha256 for e in examples}
+    examples += place_evidence(evidence.candidates, known_images, recipe)
+    examples.sort(key=lambda e: (e.domain, e.sha256, e.split))
     _refuse_empty_splits(examples, classes, complete=not known)
     return Dataset(
         classes=classes,
         examples=tuple(examples),
-        set_aside=listing.set_aside,
+        set_aside=listing.set_aside + evidence.set_aside,
         duplicates=duplicates,
-        field="source" if data.target is None else "target",
+        field="source" if data.target is None and not data.evidence else "target",
     )
 
 

@@ -23,6 +23,9 @@ from runtime import atomic
 from runtime.errors import DataError
 from runtime.evidence_pack import NAME, REASONS, Reason, Record, decode_record, encode_record
 
+FOLDER = "evidence"
+"""Its name below a device's state."""
+
 _NEW, _PACKED = ".json", ".packed.json"
 _MAX_RECORD_BYTES = 256 * 1024
 _BLOCK = 4096
