@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 from PIL import Image
@@ -24,6 +25,9 @@ if (_worker := os.environ.get("PYTEST_XDIST_WORKER")) is not None:
     _cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {_cores[int(_worker.removeprefix("gw")) % len(_cores)]})
 
+hypothesis.settings.register_profile("same every time", derandomize=True, database=None)
+hypothesis.settings.load_profile("same every time")
+"""``--hypothesis-profile=default`` searches on with other examples each time."""
 
 _cache = tempfile.TemporaryDirectory(prefix="fieldfit-cache-")
 os.environ["FIELDFIT_CACHE"] = _cache.name

@@ -150,6 +150,14 @@ def test_a_damaged_slot_gives_way_to_the_one_before_and_is_not_barred() -> None:
     took(slot_state.activate(state, B))
 
 
+def test_the_slot_before_that_is_on_trial_again_just_answers_once_the_current_one_is_damaged() -> (
+    None
+):
+    state = took(slot_state.activate(committed(A, B), A, allow_lower=True))
+    state = slot_state.damaged(state, B.sha256, "a byte flipped", DATE)
+    assert (state.current, state.previous, state.pending) == (A, None, None)
+
+
 def test_a_damaged_slot_with_none_before_it_stays_current() -> None:
     state = committed(A)
     assert slot_state.damaged(state, A.sha256, "a byte flipped", DATE) is state
@@ -290,7 +298,8 @@ class AnyOrder(RuleBasedStateMachine):
 
     def give_up(self, one: Release, *, bad: bool) -> None:
         self.answering = [other for other in self.answering if other != one]
-        self.trial = None if self.trial == one else self.trial
+        if self.trial in (one, *self.answering[:1]):
+            self.trial = None
         (self.bad.add if bad else self.bad.discard)(one.sha256)
 
     @precondition(lambda self: self.state.generation)
@@ -317,5 +326,7 @@ class AnyOrder(RuleBasedStateMachine):
         assert state.pending is None or state.pending.release != state.current
 
 
-AnyOrder.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+AnyOrder.TestCase.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None
+)
 TestAnyOrder = AnyOrder.TestCase

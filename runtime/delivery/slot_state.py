@@ -204,12 +204,13 @@ def _give_up(state: State, failure: Failure) -> State:
     given_up, previous = failure.release, state.previous
     others = tuple(f for f in state.failures if f.release.sha256 != given_up.sha256)
     changes: dict[str, object] = {"failures": (*others, failure)[-KEPT_FAILURES:]}
-    if state.pending and state.pending.release == given_up:
-        changes["pending"] = None
     if given_up == previous:
         changes["previous"] = None
     if given_up == state.current:
         changes |= {"current": previous, "previous": None}
+    answers = previous if given_up == state.current else state.current
+    if state.pending and state.pending.release in (given_up, answers):
+        changes["pending"] = None
     return _next(state, **changes)
 
 
