@@ -326,7 +326,5 @@ class AnyOrder(RuleBasedStateMachine):
         assert state.pending is None or state.pending.release != state.current
 
 
-AnyOrder.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None
-)
+AnyOrder.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestAnyOrder = AnyOrder.TestCase
