@@ -17,7 +17,7 @@ from benchmarks.harness import Options, Report, Table
 from runtime.delivery.floor import second_copy
 from runtime.delivery.slots import Slots
 from runtime.delivery.update import Request, update
-from tests.update_repository import Forge, Server, tiny_bundle
+from tests.update_repository import Forge, Server, copy_device, tiny_bundle
 
 LONG = True
 
@@ -76,15 +76,13 @@ class _Fleet:
         return [self._ask(number) for number in tqdm(range(devices), disable=None)]
 
     def _ask(self, number: int) -> Cost:
-        state = self._folder / f"device{number}"
-        shutil.copytree(self._template, state, symlinks=True)
-        shutil.copy(second_copy(self._template), second_copy(state))
+        state = copy_device(self._template, self._folder / f"device{number}")
         server = self._server
         server.log.clear()
         sent, received = server.sent, server.received
         outcome = update(state, device=f"{number:032x}").outcome
         shutil.rmtree(state)
-        second_copy(state).unlink()
+        shutil.rmtree(second_copy(state).parent)
         return Cost(outcome, len(server.log), server.sent - sent, server.received - received)
 
 

@@ -8,7 +8,6 @@ the same device.
 import contextlib
 import os
 import random
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
@@ -18,11 +17,10 @@ from typing import Literal, NamedTuple
 from tqdm import tqdm
 
 from benchmarks.harness import Options, Report, Table
-from runtime.delivery.floor import second_copy
 from runtime.delivery.slots import Slots
 from runtime.delivery.update import Request, update
 from runtime.errors import UpdateError
-from tests.update_repository import Forge
+from tests.update_repository import Forge, copy_device
 
 LONG = True
 
@@ -70,9 +68,7 @@ class Target(NamedTuple):
     def trial(self, file: Path, bit: int, source: str | None = None) -> Verdict:
         """What a copy of the device makes of the repository with this bit of ``file`` flipped."""
         with tempfile.TemporaryDirectory(dir=MEMORY) as name, _flipped(file, bit):
-            state = Path(name) / "state"
-            shutil.copytree(self.state, state, symlinks=True)
-            shutil.copy(second_copy(self.state), second_copy(state))
+            state = copy_device(self.state, Path(name) / "state")
             before = Slots(state).status()
             try:
                 update(state, Request(source, "line"), device=DEVICE)

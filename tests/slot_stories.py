@@ -15,7 +15,8 @@ import msgspec
 
 from benchmarks.small_bundles import small_zip
 from runtime.bundle import Bundle
-from runtime.delivery.slot_state import State
+from runtime.delivery.floor import Floors, second_copy
+from runtime.delivery.slot_state import State, version_key
 from runtime.delivery.slots import Slots
 from tests.crashes import Mode, rounds
 
@@ -110,6 +111,7 @@ def tell(name: str, story: Story, mode: Mode, folder: Path) -> int:
         count = ended.call
         where = f"{name}: {mode} call {ended.call}: {ended.message}"
         found = slots(work).status()
+        assert version_key(Floors(work).read().version) >= version_key(found.state.floor), where
         assert essence(found.state) in (essence(before.state), essence(after.state)), where
         if mode == "full":
             assert not ended.message or "no room: expected" in ended.message, where
@@ -133,14 +135,16 @@ def essence(state: State) -> State:
 
 
 def left_over(folder: Path) -> list[str]:
-    hidden = [str(path) for path in folder.rglob("*") if path.name.startswith(".")]
-    return hidden + [str(path) for path in folder.glob("*.lock")]
+    folders = (folder, second_copy(folder).parent)
+    files = [path for place in folders for path in place.rglob("*")]
+    return [str(path) for path in files if path.name.startswith(".") or path.suffix == ".lock"]
 
 
 def copy(template: Path, to: Path) -> None:
-    shutil.rmtree(to, ignore_errors=True)
-    if template.exists():
-        shutil.copytree(template, to)
+    for beside in (lambda state: state, lambda state: second_copy(state).parent):
+        shutil.rmtree(beside(to), ignore_errors=True)
+        if beside(template).exists():
+            shutil.copytree(beside(template), beside(to))
 
 
 if __name__ == "__main__":

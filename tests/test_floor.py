@@ -1,6 +1,7 @@
 """Floors only rise, whatever order they are learned in, and losing a copy loses nothing."""
 
 import datetime
+import re
 from pathlib import Path
 
 import pytest
@@ -79,9 +80,18 @@ def test_an_unchanged_floor_is_not_written_again(tmp_path: Path) -> None:
 
 
 def test_the_second_copy_lies_beside_the_state_or_where_it_is_told(tmp_path: Path) -> None:
-    assert second_copy(tmp_path / "state", {}) == tmp_path / "state.floor.json"
+    assert second_copy(tmp_path / "state", {}) == tmp_path / "state-floor" / "floor.json"
     chosen = second_copy(tmp_path / "state", {"FIELDFIT_FLOOR": "/persist/floor.json"})
     assert chosen == Path("/persist/floor.json")
+
+
+def test_the_release_is_the_newest_that_the_changelog_dates() -> None:
+    """Before the first one, a day that has been."""
+    changelog = (Path(__file__).parent.parent / "CHANGELOG.md").read_text()
+    _, *releases = re.findall("^## (.*)$", changelog, re.MULTILINE)
+    for release in releases[:1]:
+        assert release.endswith(f" - {RELEASED:%Y-%m-%d}")
+    assert RELEASED <= datetime.datetime.now(datetime.timezone.utc)
 
 
 def test_a_clock_is_held_against_the_floor_and_the_release() -> None:

@@ -22,7 +22,16 @@ from runtime.delivery.activation import Limits, keep_limits
 from runtime.delivery.live import LiveAnswer, LiveClassifier, Stability
 from runtime.delivery.slots import Slot, Slots
 from runtime.errors import DataError, UpdateError
-from tests.model_zips import BAD, SIZE, frames, looping, model_zip, with_constants
+from tests.model_zips import (
+    BAD,
+    CRASHES,
+    SIZE,
+    crash_that_reads_a_model,
+    frames,
+    looping,
+    model_zip,
+    with_constants,
+)
 from tests.test_engines import CHANNELS, tiny_model
 
 PATIENCE_S = 60.0
@@ -128,9 +137,11 @@ def failing_in_the_dark(folder: Path) -> Path:
 
 @pytest.mark.parametrize("kind", BAD)
 def test_a_bad_model_never_answers_and_its_reason_is_kept(
-    tmp_path: Path, device: Slots, clock: Clock, kind: str
+    tmp_path: Path, device: Slots, clock: Clock, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     bad = BAD[kind]
+    if kind == CRASHES:
+        monkeypatch.setenv("PYTHONPATH", str(crash_that_reads_a_model(tmp_path)))
     deadline = 3.0 if bad.fault == "no answer in time" else PATIENCE_S
     # A crash and a hang need no limit to be found; too slow is what no limit is set against.
     limits = {"latency_ms": None} if bad.fault == "too slow" else {}

@@ -24,6 +24,9 @@ from tests.test_engines import CHANNELS
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "docs" / "examples"
 
+SHELLCHECK = Path(sys.executable).with_name("shellcheck")
+"""The extra ``dev`` brings it."""
+
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -140,6 +143,16 @@ def test_activate_wait_tells_why_a_bundle_was_given_up(
     assert "wrong labels" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("limit", ["0", "-1", "nan", "inf", "fast"])
+def test_a_limit_that_is_no_time_is_wrong_usage(
+    capsys: pytest.CaptureFixture[str], limit: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["activate", f"--latency-ms={limit}"])
+    assert ended.value.code == 2
+    assert f"expected milliseconds above 0, got {limit!r}" in capsys.readouterr().err
+
+
 def test_commit_proves_first_and_gives_up_what_fails(
     device: Slots, zips: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -216,11 +229,10 @@ def test_greengrass_deploys_and_goes_back_to_the_version_before(
         assert current(device) == answers
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck_finds_nothing_in_the_examples() -> None:
     scripts = [file for file in EXAMPLES.iterdir() if file.read_bytes().startswith(b"#!/bin/sh")]
     assert len(scripts) == 4
-    checked = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True)
+    checked = subprocess.run([SHELLCHECK, *scripts], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stdout
 
 

@@ -90,6 +90,28 @@ def test_an_older_bundle_is_refused_unless_it_is_allowed(slots: Slots, tmp_path:
     slots.activate(slot.sha256, allow_lower=True)
 
 
+def test_a_lost_state_makes_no_older_bundle_new(slots: Slots, tmp_path: Path) -> None:
+    commit(slots, small_zip(tmp_path, "1.0.0"))
+    commit(slots, small_zip(tmp_path, "1.1.0"))
+    shutil.rmtree(slots.folder)
+    with pytest.raises(UpdateError, match=r"older than 1\.1\.0"):
+        slots.stage(small_zip(tmp_path, "1.0.0"))
+    assert slots.status().state.floor == "1.1.0"
+    commit(slots, small_zip(tmp_path, "1.1.0"))
+
+
+def test_what_cannot_be_kept_as_floor_is_not_committed(
+    slots: Slots, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit(slots, small_zip(tmp_path, "1.0.0"))
+    before = slots.status().state.current
+    monkeypatch.setenv("FIELDFIT_FLOOR", "/sys/floor.json")
+    other = Slots(slots.folder)
+    with pytest.raises(UpdateError, match=r"/sys/floor\.json.*FIELDFIT_FLOOR"):
+        commit(other, small_zip(tmp_path, "1.1.0"))
+    assert slots.status().state.current == before
+
+
 def test_a_damaged_slot_is_mended_by_staging_it_again(slots: Slots, tmp_path: Path) -> None:
     archive = small_zip(tmp_path)
     slot = commit(slots, archive)

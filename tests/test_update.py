@@ -16,7 +16,16 @@ from runtime.delivery.slots import Slots
 from runtime.delivery.update import EXPIRES_SOON, Outcome, Request, update
 from runtime.errors import UpdateError
 from runtime.private_files import Lock
-from tests.update_repository import DAY, NOW, Forge, Handler, Keys, Server, tiny_bundle
+from tests.update_repository import (
+    DAY,
+    NOW,
+    Forge,
+    Handler,
+    Keys,
+    Server,
+    copy_device,
+    tiny_bundle,
+)
 
 DEVICE = "0123456789abcdef" * 2
 
@@ -99,8 +108,7 @@ def _template(folder: Path) -> Device:
 def http(tmp_path: Path, template: Device) -> Iterator[Device]:
     """A device that runs version 1.0 and gets its updates from a web server."""
     forge = template.forge.moved(tmp_path / "repository")
-    state = Path(shutil.copytree(template.state, tmp_path / "state", symlinks=True))
-    shutil.copy(second_copy(template.state), second_copy(state))
+    state = copy_device(template.state, tmp_path / "state")
     with Server(forge.folder) as server:
         yield Device(state, forge, server.url, server)
 
@@ -194,6 +202,50 @@ def test_a_dry_run_says_so_and_stages_nothing(device: Device) -> None:
     request = Request(source=device.source, dry_run=True)
     assert update(device.state, request, device=DEVICE).outcome == "would stage"
     assert Slots(device.state).status() == before
+
+
+def kept(device: Device) -> dict[Path, bytes]:
+    """Every file that says whom the device believes, and since when."""
+    places = [device.state / "trust", device.state / "tuf", device.state / "update.json"]
+    files = [file for place in places for file in (place, *place.rglob("*")) if file.is_file()]
+    return {file: file.read_bytes() for file in [*files, *Floors(device.state).paths]}
+
+
+def test_a_root_is_trusted_only_once_its_source_was_checked(device: Device, tmp_path: Path) -> None:
+    other = Forge(tmp_path / "other")
+    other.publish("2.0", published=NOW + DAY / 2)
+    before = kept(device)
+    with pytest.raises(UpdateError, match="not signed by those whom this device trusts"):
+        update(
+            device.state, Request(device.source, "line", other.trust), device=DEVICE,
+            now=lambda: NOW,
+        )  # fmt: skip
+    assert kept(device) == before
+    asked = Request(other.folder.as_uri(), "line", other.trust, dry_run=True)
+    outcome = update(device.state, asked, device=DEVICE, now=lambda: NOW)
+    assert outcome.outcome == "would stage"
+    assert kept(device) == before
+    assert sorted(path.name for path in device.state.iterdir() if "tuf" in path.name) == ["tuf"]
+    assert update(device.state, asked._replace(dry_run=False), device=DEVICE).outcome == "staged"
+    assert (device.state / "trust" / "root.json").read_bytes() == other.trust
+    assert update(device.state, device=DEVICE).outcome == "pending"
+
+
+def test_a_dry_run_withdraws_nothing_and_is_no_update_in_the_devices_status(
+    device: Device,
+) -> None:
+    first = device.forge.publish("1.1")
+    device.update()
+    device.forge.publish("1.0")
+    said = (device.state / "last_update.json").read_bytes()
+    ask = Request(device.source, "line", dry_run=True)
+    assert update(device.state, ask, device=DEVICE, now=lambda: NOW).outcome == "would withdraw"
+    with pytest.raises(UpdateError):
+        update(device.state, ask._replace(source="file:///nowhere"), device=DEVICE)
+    pending = Slots(device.state).pending()
+    assert pending is not None
+    assert pending.sha256 == first.sha256
+    assert (device.state / "last_update.json").read_bytes() == said
 
 
 def test_keys_change_by_the_old_root_and_the_stolen_one_counts_no_more(device: Device) -> None:
@@ -435,12 +487,14 @@ def test_a_lost_second_copy_is_restored_and_two_damaged_ones_are_told(device: De
     device.refuses("damaged, so that an old update could not be told from a new one")
 
 
-def test_a_lost_state_does_not_make_an_old_version_new(device: Device) -> None:
+@pytest.mark.parametrize("asked_again", [True, False])
+def test_a_lost_state_does_not_make_an_old_version_new(device: Device, asked_again: bool) -> None:
     device.forge.publish("1.1")
     device.update()
     Slots(device.state).begin_try()
     Slots(device.state).commit()
-    device.update()
+    if asked_again:
+        device.update()
     shutil.rmtree(device.state)
     device.forge.publish("1.0")
     device.refuses("expected tiny 1.1 or newer", provision=True)

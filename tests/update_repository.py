@@ -33,6 +33,7 @@ from tuf.api.serialization.json import JSONSerializer
 
 from runtime.bundle import encode_zip
 from runtime.delivery.channel import Offer, encode
+from runtime.delivery.floor import second_copy
 from runtime.manifest import Adaptation, Artifact, FileEntry, Manifest, Quality
 from runtime.manifest import encode as encode_manifest
 from runtime.preprocess import InputSpec
@@ -63,6 +64,13 @@ def tiny_bundle(version: str, *, name: str = "tiny", padding: int = 0) -> bytes:
         recipe_sha256="0" * 64, checkpoint_sha256="0" * 64,
     )  # fmt: skip
     return encode_zip(files | {"manifest.json": encode_manifest(manifest)})
+
+
+def copy_device(state: Path, to: Path) -> Path:
+    """Another device that is as this one is, the second copy of its floor included."""
+    shutil.copytree(state, to, symlinks=True)
+    shutil.copytree(second_copy(state).parent, second_copy(to).parent)
+    return to
 
 
 class Keys(NamedTuple):

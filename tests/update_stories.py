@@ -12,7 +12,7 @@ from runtime.delivery.slots import Slots
 from runtime.delivery.update import Request, update
 from runtime.errors import UpdateError
 from tests.crashes import Mode, rounds
-from tests.update_repository import Forge
+from tests.update_repository import Forge, copy_device
 
 DEVICE = "0" * 32
 
@@ -31,8 +31,8 @@ def tell(mode: Mode, folder: Path) -> int:
 
     def prepare() -> None:
         shutil.rmtree(state, ignore_errors=True)
-        shutil.copytree(template, state, symlinks=True)
-        shutil.copy(second_copy(template), second_copy(state))
+        shutil.rmtree(second_copy(state).parent, ignore_errors=True)
+        copy_device(template, state)
 
     def look(where: str) -> str | None:
         """What is on trial, after what runs was found untouched and whole."""

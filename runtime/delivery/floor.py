@@ -5,7 +5,9 @@ folder can be lost, and a clock without a battery starts in 1970. This knows nei
 signatures.
 """
 
+import contextlib
 import datetime
+import errno
 import functools
 import os
 from collections.abc import Mapping
@@ -17,9 +19,12 @@ import msgspec
 from runtime import atomic
 from runtime.delivery.slot_state import version_key
 from runtime.errors import UpdateError
+from runtime.private_files import Lock
 
 RELEASED = datetime.datetime(2026, 11, 25, tzinfo=datetime.timezone.utc)
-"""When this fieldfit was made, or a little before: no honest clock is behind it."""
+"""Midnight of the day on which this fieldfit was released: no honest clock is behind it, and none
+is needed to refuse what had expired by then. ``tests/test_floor.py`` holds it to the newest release
+that the CHANGELOG dates."""
 
 SLACK = datetime.timedelta(days=1)
 """A clock may be this much behind what it once said: it was set, or lost a little."""
@@ -101,6 +106,7 @@ class Floors:
 
     def __init__(self, state: Path, second: Path | None = None) -> None:
         self.paths = (state / FILE, second or second_copy(state))
+        self._lock = state / "floor.lock"
 
     def read(self) -> Floor:
         """The higher of both copies. Raises UpdateError if there are copies, and none is whole."""
@@ -114,14 +120,35 @@ class Floors:
         return functools.reduce(merge, whole, Floor())
 
     def lift(self, to: Floor) -> Floor:
-        """Keep the higher of ``to`` and what was kept, in both copies, and return it."""
+        """Keep the higher of ``to`` and what was kept, in both copies, and return it.
+
+        Raises UpdateError if both are damaged, or one may not be written.
+        """
         to = msgspec.structs.replace(to, time=to.time - to.time % _GRAIN)
-        floor = merge(self.read(), to)
-        data = msgspec.json.format(msgspec.json.encode(floor), indent=1) + b"\n"
-        for path in self.paths:
-            if not (path.is_file() and path.read_bytes() == data):
-                atomic.write_bytes(path, data)
+        atomic.make_folder(self._lock.parent)
+        with contextlib.closing(Lock.acquire(self._lock, lambda _: None)):  # for a moment
+            floor = merge(self.read(), to)
+            data = msgspec.json.format(msgspec.json.encode(floor), indent=1) + b"\n"
+            for path in self.paths:
+                _write(path, data)
         return floor
+
+
+def _write(path: Path, data: bytes) -> None:
+    for leftover in path.parent.glob(f".{path.name}.*"):  # of a crash: others are locked out
+        leftover.unlink()
+    if path.is_file() and path.read_bytes() == data:
+        return
+    try:
+        atomic.write_bytes(path, data)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise UpdateError(
+            f"{path}: {error.strerror}: a copy of the floor must be kept there, so that a lost "
+            "state makes no old version new; let this user write there, or say a file in another "
+            "folder or on another partition with FIELDFIT_FLOOR, to every fieldfit of this device"
+        ) from error
 
 
 def _read(path: Path) -> Floor | None:
@@ -137,9 +164,10 @@ def _read(path: Path) -> Floor | None:
 def second_copy(state: Path, environment: Mapping[str, str] = os.environ) -> Path:
     """Where the second copy lies: out of reach of whoever empties the state folder.
 
-    ``$FIELDFIT_FLOOR``, which may be on another partition; else beside the folder.
+    ``$FIELDFIT_FLOOR``, which may be on another partition; else in a folder beside it, of its own
+    so that a service can be allowed to write there and nowhere else.
     """
     if chosen := environment.get("FIELDFIT_FLOOR"):
         return Path(chosen)
     whole = state.absolute()
-    return whole.with_name(f"{whole.name}.{FILE}")
+    return whole.with_name(f"{whole.name}-floor") / FILE

@@ -29,6 +29,7 @@ import msgspec
 from runtime import atomic
 from runtime.bundle import MANIFEST, Bundle
 from runtime.delivery import slot_state
+from runtime.delivery.floor import Floor, Floors
 from runtime.delivery.slot_state import Refusal, Release, State
 from runtime.errors import BundleError, UpdateError
 from runtime.private_files import Lock
@@ -114,6 +115,7 @@ class Slots:
     ) -> None:
         self.folder = folder
         self._slots = folder / "slots"
+        self._floors = Floors(folder)
         self._waiting = waiting
         self._now = now
         self._thread_lock = threading.RLock()
@@ -191,7 +193,7 @@ class Slots:
                 try:
                     self._sweep()
                     if not self._names() and not (self.folder / _STATE).exists():
-                        self._write(State())  # from now on, a missing state is damage
+                        self._write(self._anew())  # from now on, a missing state is damage
                     yield
                 finally:
                     self._depth -= 1
@@ -287,9 +289,19 @@ class Slots:
     def commit(self, sha256: str | None = None) -> Slot:
         """Make the slot on trial the current one, for good. With ``sha256`` that one or none.
 
-        Raises UpdateError if there is nothing to commit.
+        Its version is kept in the floor's copies before: once it is committed, no lost state
+        makes an older one new.
+
+        Raises UpdateError if there is nothing to commit, or the floor cannot be kept.
         """
-        state = self._step(lambda state: slot_state.commit(state, sha256))
+
+        def step(before: State) -> State | Refusal:
+            after = slot_state.commit(before, sha256)
+            if isinstance(after, State):
+                self._floors.lift(Floor(version=after.floor))
+            return after
+
+        state = self._step(step)
         assert state.current
         return self._slot(state.current)
 
@@ -348,9 +360,13 @@ class Slots:
             if isinstance(state := _read_state(self._slots / name / _STATE), State)
         ]
         if not copies:
-            return State(), [f"{problem}; no slot has a copy of it, so none is current"]
+            return self._anew(), [f"{problem}; no slot has a copy of it, so none is current"]
         newest = max(copies, key=lambda state: state.generation)
         return newest, [f"{problem}; taken from its copy in the slot of {newest.current}"]
+
+    def _anew(self) -> State:
+        """The first state, or the first after all was lost but the floor's second copy."""
+        return State(floor=self._floors.read().version)
 
     def _write(self, state: State) -> None:
         data = slot_state.encode(state)

@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 
 SETTINGS, TRUST, CHANNEL = "update.json", "trust/root.json", "channel.json"
 METADATA, DOWNLOADS = "tuf", "downloads"
+_PROVISIONING = "tuf.new"
+"""Where metadata is kept until a root that was handed over is known to fit its source."""
+
 ROLES = ("root", "timestamp", "snapshot", "targets")
 EXPIRES_SOON = datetime.timedelta(days=30)
 """Before then somebody must sign again: renewing root needs people, and a fleet depends on it."""
@@ -76,14 +79,14 @@ class Request(NamedTuple):
     """Provisioning: the root metadata to trust from now on."""
     allow_http: bool = False
     dry_run: bool = False
-    """Fetch metadata, and stage nothing."""
+    """Fetch metadata and say what would be done; neither slots nor trust are changed."""
 
 
 AS_PROVISIONED = Request()
 
 Result = Literal[
-    "nothing new", "withdrawn", "pending", "failed here before", "not in cohort", "would stage",
-    "staged",
+    "nothing new", "would withdraw", "withdrawn", "pending", "failed here before", "not in cohort",
+    "would stage", "staged",
 ]  # fmt: skip
 
 
@@ -137,9 +140,11 @@ def update(
         outcome = _locked(state, request, device, now, progress)
     except Exception as error:
         sentence = f"{_sentence(error, now())} (what runs goes on running)"
-        _record(state, sentence, failed=True)
+        if not request.dry_run:
+            _record(state, sentence, failed=True)
         raise UpdateError(sentence) from error
-    _record(state, f"{outcome.outcome}: {outcome.reason}", failed=False)
+    if not request.dry_run:
+        _record(state, f"{outcome.outcome}: {outcome.reason}", failed=False)
     return outcome
 
 
@@ -166,7 +171,10 @@ def _locked(state: Path, request: Request, device: str, now: Now, progress: Prog
         trust = request.root or _trust(state)
         with contextlib.closing(_transport(settings)) as transport:
             run = _Run(state, settings, trust, device, transport, now, progress)
-            return run(provision=request.root is not None, dry_run=request.dry_run)
+            try:
+                return run(provision=request.root is not None, dry_run=request.dry_run)
+            finally:
+                shutil.rmtree(state / _PROVISIONING, ignore_errors=True)
 
 
 class _Run:
@@ -193,11 +201,10 @@ class _Run:
     def __call__(self, *, provision: bool, dry_run: bool) -> Outcome:
         floor = merge(self._floors.read(), Floor(version=self._slots.status().state.floor))
         self._check_clock(judge_clock(self._now(), floor))
-        updater = self._updater()
-        if provision:
-            atomic.write_bytes(self._state / TRUST, self._trust)
+        metadata = self._apart() if provision else self._state / METADATA
+        updater = self._updater(metadata)
         updater.refresh()
-        roles = _roles(self._state / METADATA)
+        roles = _roles(metadata)
         trusted = hashlib.sha256(self._trust).hexdigest()
         seen = Seen(roles["root"].version, roles["targets"].version)
         check_metadata(floor, trusted, seen)
@@ -209,12 +216,14 @@ class _Run:
         stale = _stale(roles, clock)
         if not (stale or clock.wrong):
             reached = merge(reached, Floor(time=int(clock.reference.timestamp())))
-        floor = self._floors.lift(merge(floor, reached))
+        floor = merge(floor, reached)
+        if not dry_run:
+            floor = self._floors.lift(floor)
         self._check_clock(clock)
         if stale:
             raise UpdateError(_expired(stale, self._now()))
-        if provision or not (self._state / SETTINGS).exists():
-            atomic.write_bytes(self._state / SETTINGS, msgspec.json.encode(self._settings))
+        if not dry_run:
+            self._remember(metadata, provision=provision)
         decision = decide(
             offer,
             self._slots.status().state,
@@ -223,7 +232,7 @@ class _Run:
             device=self._device,
         )
         return Outcome(
-            outcome=self._carry_out(decision, offer, updater, dry_run=dry_run),
+            outcome=(_foretold(decision) if dry_run else self._carry_out(decision, offer, updater)),
             reason=decision.reason,
             offer=offer,
             expires={name: role.expires for name, role in roles.items()},
@@ -239,13 +248,29 @@ class _Run:
                 "set the clock, or update from a stick: fieldfit update --from file:///PATH"
             )
 
-    def _updater(self) -> "Updater":
+    def _apart(self) -> Path:
+        """A copy of the metadata, for a root that its source may not fit."""
+        known, apart = self._state / METADATA, self._state / _PROVISIONING
+        if known.is_dir():
+            shutil.copytree(known, apart, symlinks=True)
+        return apart
+
+    def _remember(self, metadata: Path, *, provision: bool) -> None:
+        """Whom to trust, and where to ask, from now on."""
+        if provision:
+            atomic.write_bytes(self._state / TRUST, self._trust)
+            shutil.rmtree(self._state / METADATA, ignore_errors=True)
+            metadata.rename(self._state / METADATA)
+        if provision or not (self._state / SETTINGS).exists():
+            atomic.write_bytes(self._state / SETTINGS, msgspec.json.encode(self._settings))
+
+    def _updater(self, metadata: Path) -> "Updater":
         from tuf.api.exceptions import RepositoryError
         from tuf.ngclient import Updater
 
         try:
             return Updater(
-                metadata_dir=str(self._state / METADATA),
+                metadata_dir=str(metadata),
                 metadata_base_url=f"{self._base}/metadata/",
                 fetcher=self._transport,
                 bootstrap=self._trust,
@@ -277,11 +302,7 @@ class _Run:
     def _url(self, target: "TargetFile") -> str:
         return f"{self._base}/targets/{target.get_prefixed_paths()[0]}"
 
-    def _carry_out(
-        self, decision: Decision, offer: Offer, updater: "Updater", *, dry_run: bool
-    ) -> Result:
-        if decision.action == "fetch" and dry_run:
-            return "would stage"
+    def _carry_out(self, decision: Decision, offer: Offer, updater: "Updater") -> Result:
         if decision.action == "fetch":
             slot = self._staged(offer) or self._fetch(offer, updater)
             self._forget_downloads()
@@ -369,12 +390,18 @@ class _Run:
                 file.unlink()
 
 
+def _foretold(decision: Decision) -> Result:
+    if decision.action == "fetch":
+        return "would stage"
+    return "would withdraw" if decision.action == "withdraw" else decision.action
+
+
 def _sweep(state: Path) -> None:
     """Remove what a crash left half written; only the lock's holder may."""
     from runtime.delivery.device_status import UPDATE
 
-    written = (state / name for name in (SETTINGS, TRUST, CHANNEL, UPDATE))
-    for path in (*written, *Floors(state).paths):
+    shutil.rmtree(state / _PROVISIONING, ignore_errors=True)
+    for path in (state / name for name in (SETTINGS, TRUST, CHANNEL, UPDATE)):
         for leftover in path.parent.glob(f".{path.name}.*"):
             leftover.unlink()
     for leftover in (state / METADATA).glob("tmp*"):  # python-tuf's

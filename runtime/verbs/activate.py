@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 import time
 from typing import get_args
@@ -45,7 +46,7 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     )
     parser.add_argument(
         "--latency-ms",
-        type=seconds,
+        type=_milliseconds,
         metavar="MS",
         help="most that one call may take, by 99 of 100; default 3 times what answers now takes",
     )
@@ -98,6 +99,16 @@ def run(options: argparse.Namespace) -> int:
     if options.wait:
         (_watch if service else _try_here)(device, slot, options)
     return _tell(device, slot, service, options.json)
+
+
+def _milliseconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected milliseconds above 0, got {text!r}")
+    return value
 
 
 def _newest(device: Slots) -> str:
