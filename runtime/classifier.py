@@ -176,6 +176,9 @@ class Classifier:
             milliseconds=milliseconds,
         )
 
+    def poll(self) -> None:
+        """Nothing: a bundle that was opened by its path does not change between two frames."""
+
     def close(self) -> None:
         """Free the engine."""
         self.engine.close()

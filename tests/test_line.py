@@ -94,7 +94,7 @@ class Bench:
         self.metrics = LineMetrics()
         self.line = Line(
             feed, inspector, records,
-            say=lambda line: self.said.append(msgspec.json.decode(line)),
+            say=lambda said: self.said.append(msgspec.json.decode(msgspec.json.encode(said))),
             notifier=rest.pop("notifier", Notifier()), metrics=self.metrics,
             cooling=rest.pop("cooling", Cooling()),
             read_heat=rest.pop("read_heat", lambda: Heat({}, ())), **rest,

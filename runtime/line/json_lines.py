@@ -5,7 +5,7 @@ from typing import IO
 
 import msgspec
 
-from runtime.line.verdict import Verdict
+from runtime.line.verdict import Finding
 
 
 class JsonLines:
@@ -18,7 +18,7 @@ class JsonLines:
         self._descriptor: int | None = stream.fileno()
         stream.flush()  # ours go past its buffer, after what it holds
 
-    def write(self, verdict: Verdict) -> bool:
+    def write(self, verdict: Finding) -> bool:
         """False, now and ever after, once the other end is closed."""
         if self._descriptor is None:
             return False

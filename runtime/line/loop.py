@@ -12,8 +12,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
-import msgspec
-
 from runtime.line.feed import Feed, Taken
 from runtime.line.inspection import Inspected, Inspector
 from runtime.line.line_metrics import LineMetrics
@@ -61,8 +59,9 @@ class Records(Protocol):
 class Line:
     """Frames of ``feed`` through ``inspector`` into ``records``.
 
-    ``say`` gets each verdict as a line of JSON; ``idle`` is called while there is no frame.
-    ``read_heat`` asks the sensors; ``clock`` is monotonic, ``rest`` sleeps.
+    ``say`` is told what is said of each, a ``Verdict`` unless the disk refused it. ``idle`` is
+    called while there is no frame. ``read_heat`` asks the sensors; ``clock`` is monotonic, ``rest``
+    sleeps.
     """
 
     def __init__(
@@ -71,7 +70,7 @@ class Line:
         inspector: Inspector,
         records: Records,
         *,
-        say: Callable[[bytes], object],
+        say: Callable[[Finding], object],
         notifier: Notifier,
         metrics: LineMetrics,
         cooling: Cooling,
@@ -120,7 +119,7 @@ class Line:
         kept = self._records.append(inspected.finding)
         recorded = self._clock()
         said = _refused(inspected.finding, kept) if isinstance(kept, Unkept) else kept
-        self._say(msgspec.json.encode(said) + b"\n")
+        self._say(said)
         if source is not None and isinstance(kept, Verdict):
             self._guarded(f"{source.name}: done", partial(source.done, frame))
         self._count(inspected, said, recorded - found, self._clock() - frame.monotonic)

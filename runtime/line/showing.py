@@ -21,12 +21,13 @@ from runtime.delivery.slots import Slots
 from runtime.line.evidence import Evidence
 from runtime.line.feed import Feed
 from runtime.line.health import Health
-from runtime.line.inspection import Inspected
+from runtime.line.inspection import Inspected, Inspector
 from runtime.line.line_metrics import LineMetrics, Standing, sentence
 from runtime.line.notify import Notifier
 from runtime.line.outbox import Outbox
 from runtime.line.page import snapshot
 from runtime.line.page.snapshot import Board, Condition
+from runtime.line.sending import Sending
 from runtime.line.thermal import Cooling, Heat
 from runtime.line.verdict import Finding
 from runtime.monitoring.drift import Moved
@@ -46,9 +47,7 @@ _DEVICE_S = 60.0
 class Parts(NamedTuple):
     """What there is to ask."""
 
-    classifier: Callable[[], Classifier]
-    """The one that answers now."""
-    live: LiveClassifier | None
+    model: Classifier | LiveClassifier
     state: Path
     device: str
     """Its name for people."""
@@ -56,11 +55,11 @@ class Parts(NamedTuple):
     metrics: LineMetrics
     cooling: Cooling
     heat: Callable[[], Heat]
-    ok: Callable[[], frozenset[str]]
-    """The labels that are OK."""
+    inspector: Inspector
     outbox: Outbox
     health: Health
     evidence: Evidence | None = None
+    sending: Sending | None = None
 
 
 class Showing:
@@ -71,6 +70,7 @@ class Showing:
     ) -> None:
         self._parts, self._notifier = parts, notifier
         self._board, self._file = board, file
+        self._live = parts.model if isinstance(parts.model, LiveClassifier) else None
         self._started = datetime.datetime.now(datetime.timezone.utc)
         self._file_at = self._device_at = float("-inf")
         self._update_state = "none"
@@ -113,19 +113,24 @@ class Showing:
         """One line about it all."""
         parts = self._parts
         counted = sentence(parts.metrics.results, parts.feed.dropped.total())
-        return f"{counted}; {parts.classifier().engine}"
+        return f"{counted}; {self._classifier.engine}"
 
     def metrics(self) -> str:
         """All of it in the words of Prometheus."""
         parts = self._parts
-        standing = self._standing(parts.classifier())
+        standing = self._standing(self._classifier)
         evidence = parts.evidence.metrics() if parts.evidence else ""
         return parts.metrics.text(standing) + evidence
+
+    @property
+    def _classifier(self) -> Classifier:
+        model = self._parts.model
+        return model.classifier if isinstance(model, LiveClassifier) else model
 
     def _standing(self, classifier: Classifier) -> Standing:
         parts, manifest = self._parts, classifier.bundle.manifest
         return Standing(
-            bundle_sha256=parts.live.slot.sha256 if parts.live else manifest.digest,
+            bundle_sha256=self._live.slot.sha256 if self._live else manifest.digest,
             bundle_version=manifest.version,
             provider=classifier.engine.provider,
             degraded=bool(degraded(classifier.steps)),
@@ -141,7 +146,7 @@ class Showing:
 
     def _condition(self, phase: snapshot.Phase, said: str = "") -> Condition:
         parts = self._parts
-        classifier = parts.classifier()
+        classifier = self._classifier
         return Condition(
             device=parts.device, fieldfit=__version__, phase=phase, said=said,
             started=self._started, machine=self._machine,
@@ -156,7 +161,7 @@ class Showing:
         )  # fmt: skip
 
     def _model(self, classifier: Classifier) -> snapshot.Model:
-        manifest, live = classifier.bundle.manifest, self._parts.live
+        manifest, live = classifier.bundle.manifest, self._live
         return snapshot.Model(
             name=manifest.name,
             version=manifest.version,
@@ -164,7 +169,7 @@ class Showing:
             trial=f"{live.slot.release} answers on trial" if live and live.on_trial else "",
             adaptation=str(manifest.adaptation),
             verified=manifest.adaptation.verified,
-            ok_labels=tuple(sorted(self._parts.ok())),
+            ok_labels=tuple(sorted(self._parts.inspector.ok)),
         )
 
     def _cameras(self) -> tuple[snapshot.Camera, ...]:
@@ -203,10 +208,12 @@ class Showing:
         ) if report else ()  # fmt: skip
 
     def _outbox(self) -> snapshot.Outbox:
-        counts = self._parts.outbox.counts()
+        counts, sending = self._parts.outbox.counts(), self._parts.sending
+        broken = sending is not None and not sending.state.connected
         return snapshot.Outbox(
             rows=counts.rows, bytes=counts.bytes, sent=counts.sent, dropped=counts.dropped,
-            unkept=counts.unkept, refused=counts.refused,
+            unkept=counts.unkept, refused=counts.refused, to=sending.to if sending else "",
+            fault=sending.state.reason if sending and broken else "",
         )  # fmt: skip
 
     def _disk(self) -> snapshot.Disk:
@@ -215,7 +222,7 @@ class Showing:
 
     def _look_at_device(self) -> None:
         self._expires = expiries(self._parts.state / "tuf")
-        if self._parts.live is None:
+        if self._live is None:
             return
         state = Slots(self._parts.state).status().state
         self._update_state = "on trial" if state.pending else "current"

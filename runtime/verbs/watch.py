@@ -6,7 +6,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,11 @@ from runtime.verbs.options import add_engine_options, add_state_option, add_verb
 if TYPE_CHECKING:
     from runtime.classifier import Classifier
     from runtime.delivery.live import LiveClassifier
+    from runtime.line.evidence import Evidence
+    from runtime.line.health import Health
+    from runtime.line.outbox import Outbox
+    from runtime.line.page.snapshot import Board
+    from runtime.line.sending import Sending
 
 OUTBOX, LOCK = "outbox.db", "watch.lock"
 
@@ -105,16 +109,15 @@ def run(options: argparse.Namespace) -> int:
 
 def _watch(options: argparse.Namespace, state: Path, stack: ExitStack) -> int:
     from runtime.delivery.identity import device
-    from runtime.delivery.live import LiveClassifier
-    from runtime.line.evidence import Evidence
     from runtime.line.feed import Feed
     from runtime.line.health import Health
     from runtime.line.inspection import Inspector
+    from runtime.line.json_lines import JsonLines
     from runtime.line.line_metrics import LineMetrics, sentence
     from runtime.line.loop import Line
     from runtime.line.notify import Notifier
     from runtime.line.outbox import Outbox
-    from runtime.line.page.snapshot import Board, board_folder, boot_id
+    from runtime.line.page.snapshot import boot_id
     from runtime.line.showing import Parts, Showing
     from runtime.line.thermal import Cooling, read_heat
     from runtime.sources import open_source
@@ -122,8 +125,8 @@ def _watch(options: argparse.Namespace, state: Path, stack: ExitStack) -> int:
     notifier = Notifier.from_environment()
     me = device(state)
     sources = [open_source(text, state=state) for text in options.sources]
-    model: Classifier | LiveClassifier = stack.enter_context(_open_model(options, state))
-    live = model if isinstance(model, LiveClassifier) else None
+    model = _open_model(options, state)
+    stack.callback(model.close)
     health = Health()
     inspector = Inspector(model, boot=boot_id(), ok=options.ok, checks=health)
     outbox = stack.enter_context(Outbox(state / OUTBOX, me.id))
@@ -131,29 +134,59 @@ def _watch(options: argparse.Namespace, state: Path, stack: ExitStack) -> int:
     feed = Feed(sources)
     stack.callback(feed.close)
     line = Line(
-        feed, inspector, outbox, say=_say, notifier=notifier, metrics=metrics, cooling=cooling,
-        read_heat=read_heat, idle=live.poll if live else _nothing,
+        feed, inspector, outbox, say=JsonLines(sys.stdout).write, notifier=notifier,
+        metrics=metrics, cooling=cooling, read_heat=read_heat, idle=model.poll,
     )  # fmt: skip
-    line.beside.append(health)
-    evidence = None
-    if options.evidence:
-        evidence = stack.enter_context(closing(Evidence(options.evidence, drifts=health.drifts)))
-        line.beside.append(evidence)
+    evidence = _evidence(options, health, stack)
+    sending = _sending(options, outbox, stack)
     parts = Parts(
-        classifier=partial(_answering, model), live=live, state=state,
-        device=me.name, feed=feed, metrics=metrics, cooling=cooling, heat=lambda: line.heat,
-        ok=lambda: inspector.ok, health=health, outbox=outbox, evidence=evidence,
+        model=model, state=state, device=me.name, feed=feed, metrics=metrics, cooling=cooling,
+        heat=lambda: line.heat, inspector=inspector, health=health, outbox=outbox,
+        evidence=evidence, sending=sending,
     )  # fmt: skip
-    board = Board(board_folder(state)) if options.page else None
-    showing = Showing(parts, notifier, board=board, file=options.metrics)
-    line.beside.append(showing)
+    showing = Showing(parts, notifier, board=_board(options, state), file=options.metrics)
+    line.beside += [part for part in (health, evidence, sending, showing) if part]
     with _stopped_by_signals(line.stop):
         notifier.ready(showing.status())
         line.run()
     notifier.stopping()
-    showing.end("stopped")
+    showing.end("the sources ended" if feed.ended else "it was stopped")
     print(f"fieldfit: {sentence(metrics.results, feed.dropped.total())}", file=sys.stderr)
+    print(f"next: {_next_step(options, outbox)}", file=sys.stderr)
     return 0
+
+
+def _evidence(options: argparse.Namespace, health: "Health", stack: ExitStack) -> "Evidence | None":
+    from runtime.line.evidence import Evidence
+
+    if options.evidence is None:
+        return None
+    return stack.enter_context(closing(Evidence(options.evidence, drifts=health.drifts)))
+
+
+def _sending(options: argparse.Namespace, outbox: "Outbox", stack: ExitStack) -> "Sending | None":
+    if options.mqtt is None:
+        return None
+    from runtime.line.mqtt import Sender
+    from runtime.line.sending import Sending
+
+    sender = stack.enter_context(Sender(outbox, options.mqtt))
+    return Sending(sender, options.mqtt)
+
+
+def _board(options: argparse.Namespace, state: Path) -> "Board | None":
+    from runtime.line.page.snapshot import Board, board_folder
+
+    return Board(board_folder(state)) if options.page else None
+
+
+def _next_step(options: argparse.Namespace, outbox: "Outbox") -> str:
+    """The one thing that leads on from here."""
+    if outbox.rows and not options.mqtt:
+        return f"send the {outbox.rows} records that wait: --mqtt mqtt://HOST/TOPIC"
+    if options.evidence:
+        return f"fieldfit collect {options.evidence}"
+    return "fieldfit service install, to keep it running"
 
 
 def _open_model(options: argparse.Namespace, state: Path) -> "Classifier | LiveClassifier":
@@ -165,12 +198,6 @@ def _open_model(options: argparse.Namespace, state: Path) -> "Classifier | LiveC
     if options.bundle is None:
         return LiveClassifier(state, request=asked)
     return Classifier.open(options.bundle, **asked._asdict(), cache=options.cache)
-
-
-def _answering(model: "Classifier | LiveClassifier") -> "Classifier":
-    from runtime.classifier import Classifier
-
-    return model if isinstance(model, Classifier) else model.classifier
 
 
 @contextmanager
@@ -196,15 +223,6 @@ def _stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _say(line: bytes) -> None:
-    sys.stdout.buffer.write(line)
-    sys.stdout.buffer.flush()
-
-
-def _nothing() -> None:
-    pass
 
 
 def _celsius(text: str) -> float:
