@@ -10,7 +10,7 @@ import ssl
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -19,7 +19,7 @@ import numpy as np
 
 from runtime.candidates import Request
 from runtime.serving.gate import Limits
-from runtime.serving.model import open_bundle
+from runtime.serving.model import Model, open_bundle
 from runtime.serving.service import Address, Listening, serve
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,6 +61,11 @@ class Client:
     def send(self, data: bytes) -> None:
         """Send bytes as they are."""
         self.socket.sendall(data)
+
+    def status(self) -> int | None:
+        """The status of the next response, interim ones too; None if there is none."""
+        line = self._read.readline()
+        return int(line.split()[1]) if line else None
 
     def reply(self) -> Reply:
         """The next response. Raises ConnectionError if there is none."""
@@ -178,16 +183,17 @@ class Running(NamedTuple):
 
 
 @contextlib.contextmanager
-def inside(bundle: Path, limits: Limits, **address: Any) -> Iterator[str]:
-    """The URL of a service in a thread of this process, ended at the end."""
+def inside(model: Path | Callable[[], Model], limits: Limits, **address: Any) -> Iterator[str]:
+    """The URL of a service in a thread of this process, ended at the end.
+
+    ``model`` is a bundle, or opens what answers.
+    """
+    opener = open_bundle(model, Request(threads=1), None) if isinstance(model, Path) else model
     told: queue.SimpleQueue[Listening | BaseException] = queue.SimpleQueue()
 
     def serving() -> None:
         try:
-            serve(
-                open_bundle(bundle, Request(threads=1), None), Address(port=0, **address), limits,
-                told.put,
-            )  # fmt: skip
+            serve(opener, Address(port=0, **address), limits, told.put)
         except BaseException as error:
             told.put(error)
 
