@@ -15,6 +15,7 @@ from runtime.verbs import (
     benchmark,
     build,
     classify,
+    collect,
     commit,
     doctor,
     fleet,
@@ -61,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         fleet,
         serve,
         watch,
+        collect,
         service,
     ):
         verb.add(verbs)

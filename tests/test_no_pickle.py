@@ -25,6 +25,7 @@ PROCESSES = {"subprocess", "multiprocessing", "pty", "os.fork", "os.posix_spawn"
 
 MAY_OPEN_ARCHIVES = {
     "runtime/bundle.py": "the one reader and writer of bundles: stored, flat, capped, one encoding",
+    "runtime/evidence_pack.py": "the one reader and writer of packs: flat, capped, digests checked",
     "runtime/npz.py": "the one reader of golden samples: stored, and no larger than they are",
     "calibration/pipeline.py": "names the error of NumPy's reader, and opens none itself",
 }

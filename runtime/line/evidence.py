@@ -14,7 +14,7 @@ import random
 import threading
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from runtime.classifier import Answer
 from runtime.evidence_pack import MAX_IMAGE_BYTES, REASONS, Reason, Record, short
 from runtime.exposition import metric
 from runtime.line.evidence_folder import Caps, EvidenceFolder, NoRoomError
@@ -69,15 +70,13 @@ class Rules(NamedTuple):
 
 
 def reasons(
-    finding: Finding, probabilities: Mapping[str, float], rules: Rules, *, drifts: bool, drawn: bool
+    answer: Answer, flags: Sequence[str], rules: Rules, *, drifts: bool, drawn: bool
 ) -> tuple[Reason, ...]:
-    """Why an image that was inspected is worth keeping; empty if it is not."""
-    if finding.verdict == "NOT INSPECTED":
-        return ()
-    first, second, *_ = [*sorted(probabilities.values(), reverse=True), 0.0, 0.0]
+    """Why an image that was answered so, and flagged so, is worth keeping; empty if it is not."""
+    second, first = sorted(answer.probabilities.values())[-2:]
     holds: dict[Reason, bool] = {
-        "flagged": bool(finding.flags),
-        "abstained": finding.verdict == "ABSTAIN" and not finding.flags,
+        "flagged": bool(flags),
+        "abstained": answer.abstained,
         "low-margin": first - second < rules.margin,
         "drifted": drifts,
         "sample": drawn,
@@ -133,7 +132,7 @@ class Evidence:
         now: Callable[[], float] = time.time,
         draw: Callable[[], float] = random.random,
     ) -> None:
-        self._path, self._caps, self._rules = folder, caps, rules
+        self._path, self.caps, self._rules = folder, caps, rules
         self._drifts, self._clock, self._draw = drifts, clock, draw
         self._rates = Rates(caps)
         self._seen: deque[npt.NDArray[np.float32]] = deque(maxlen=_REMEMBERED)
@@ -146,6 +145,8 @@ class Evidence:
         self._folder: EvidenceFolder | None = None
         self.held: dict[Reason, int] = {}
         """Images in the folder, by reason; replaced as a whole."""
+        self.size = 0
+        """Bytes on disk of them and their records."""
         self.evicted: dict[Reason, int] = {}
         """What gave way to newer evidence since the start; replaced as a whole."""
         self._told: set[str] = set()
@@ -176,13 +177,12 @@ class Evidence:
 
     def _offer(self, frame: Frame, inspected: Inspected) -> Outcome:
         seen = inspected.seen
-        if frame.image is None or seen is None:
+        if frame.image is None or seen is None or inspected.fault:
             return "no reason"
         every = self._rules.sample_every
         drawn = every > 0 and self._draw() * every < 1
-        probabilities = seen.answer.probabilities
-        finding = inspected.finding
-        why = reasons(finding, probabilities, self._rules, drifts=self._drifts(), drawn=drawn)
+        finding, answer = inspected.finding, seen.answer
+        why = reasons(answer, finding.flags, self._rules, drifts=self._drifts(), drawn=drawn)
         if not why:
             return "no reason"
         now = self._clock()
@@ -199,7 +199,7 @@ class Evidence:
         reason = min(open_, key=lambda r: self.taken[r])
         burst = self._burst(frame)
         digest = seen.by.bundle.manifest.digest
-        task = _Task(image, reason, _describe(finding, probabilities, digest, reason, why, burst))
+        task = _Task(image, reason, _describe(finding, answer, digest, reason, why, burst))
         try:
             self._tasks.put_nowait(task)
         except queue.Full:
@@ -238,13 +238,14 @@ class Evidence:
     def _look(self) -> None:
         if self._folder is not None:
             self.held, self.evicted = dict(self._folder.counts), dict(self._folder.evicted)
+            self.size = self._folder.size
 
     def _keep(self, task: _Task) -> Refusal | None:
         data = _encoded(task.image)
         if len(data) > MAX_IMAGE_BYTES:
             return "too large"
         if self._folder is None:
-            self._folder = EvidenceFolder(self._path, self._caps)
+            self._folder = EvidenceFolder(self._path, self.caps)
         if self._folder.has(data):
             return "seen before"
         suffix = _suffix(data)
@@ -256,7 +257,7 @@ class Evidence:
     def _open(self, now: float) -> None:
         """What is there already counts towards the caps of the last day."""
         try:
-            self._folder = EvidenceFolder(self._path, self._caps)
+            self._folder = EvidenceFolder(self._path, self.caps)
             ages = self._folder.ages(now)
         except OSError as error:
             self._tell(error)
@@ -361,15 +362,15 @@ def _suffix(data: bytes) -> str:
 
 
 def _describe(
-    finding: Finding, probabilities: Mapping[str, float], digest: str, why: Reason,
-    held: tuple[Reason, ...], burst: str,
+    finding: Finding, answer: Answer, digest: str, why: Reason, held: tuple[Reason, ...],
+    burst: str,
 ) -> Callable[[str, str, int], Record]:  # fmt: skip
     def describe(name: str, sha256: str, size: int) -> Record:
         return Record(
             image=name, sha256=sha256, size=size, why=why, reasons=held, time=finding.time,
             source=short(finding.source), frame=short(finding.frame), burst=burst,
             verdict=finding.verdict, said=short(finding.reason), label=finding.label,
-            score=finding.score, probabilities=dict(probabilities), flags=finding.flags,
+            score=finding.score, probabilities=answer.probabilities, flags=finding.flags,
             bundle=finding.bundle, version=finding.version, bundle_digest=digest,
         )  # fmt: skip
 

@@ -38,13 +38,19 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         help="the file to write; default evidence-DEVICE-TIME.zip in this folder",
     )
     parser.add_argument("--all", action="store_true", help="pack what was packed before as well")
+    parser.add_argument(
+        "--evidence",
+        type=Path,
+        metavar="FOLDER",
+        help="as fieldfit watch was told; default evidence in the state folder",
+    )
     add_state_option(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """1 if an image or a record was found damaged, else 0."""
     state: Path = options.state or default_folder()
-    folder = state / FOLDER
+    folder: Path = options.evidence or state / FOLDER
     known, problems = read_records(folder) if folder.is_dir() else ([], [])
     waiting = [record for record, packed in known if options.all or not packed]
     if not waiting:
