@@ -361,7 +361,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(
 ) -> None:
     """kill -9 after the fine-tuned network was finished, while the adversarial rung trains."""
     data = f'target = "{domains / "field"}"'
-    longer = "[train.adversarial]\nepochs = 2", "[train.adversarial]\nepochs = 8\npatience = 0"
+    longer = "[train.adversarial]\nepochs = 2", "[train.adversarial]\nepochs = 3\npatience = 0"
     gap = "[train.similarity]", "[train.gate]\nstop_gap = 0.0\n[train.similarity]"
     # The field stays below the source: the ladder goes up to the last rung.
     text = climb(data, "as-is", change=longer).name
