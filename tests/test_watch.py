@@ -1,0 +1,301 @@
+"""`fieldfit watch` as a program: what it says, what it keeps, and how it ends.
+
+Real processes, real signals, a real engine; the service manager's end of the socket is the test's.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from PIL import Image
+
+from runtime.__main__ import main as fieldfit
+from runtime.delivery.identity import device
+from runtime.line.outbox import Outbox
+from runtime.line.verdict import Verdict
+from runtime.verbs.watch import OUTBOX
+from tests.model_zips import LABELS, SIZE, frames, model_zip, with_constants
+from tests.test_engines import CHANNELS, tiny_model
+
+ROOT = Path(__file__).resolve().parent.parent
+PATIENCE_S = 60.0
+OK = "a"
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_zip(tmp_path_factory.mktemp("tiny"), "1", model=hanging_in_the_dark())
+
+
+def hanging_in_the_dark() -> onnx.ModelProto:
+    """Right on every picture; on a black one it goes round a loop for years."""
+    model = tiny_model(size=SIZE)
+    last = model.graph.node[-1]
+    out = str(last.output[0])
+    last.output[0] = "sound"
+    with_constants(
+        model, dark=np.array(-0.9, np.float32), years=np.array(1e16, np.float32),
+        yes=np.array(True),
+    )  # fmt: skip
+    make, value = helper.make_node, helper.make_tensor_value_info
+    body = helper.make_graph(
+        [make("Identity", ["on"], ["still_on"]), make("Neg", ["x"], ["turned"])],
+        "body",
+        [
+            value("i", TensorProto.INT64, []),
+            value("on", TensorProto.BOOL, []),
+            value("x", TensorProto.FLOAT, [None, 4]),
+        ],
+        [value("still_on", TensorProto.BOOL, []), value("turned", TensorProto.FLOAT, [None, 4])],
+    )
+    model.graph.node.extend([
+        make("ReduceMean", ["features"], ["level"], keepdims=0),
+        make("Sub", ["dark", "level"], ["below"]),
+        make("Relu", ["below"], ["darkness"]),
+        make("Mul", ["darkness", "years"], ["rounds"]),
+        make("Cast", ["rounds"], ["times"], to=TensorProto.INT64),
+        make("Loop", ["times", "yes", "sound"], [out], body=body),
+    ])  # fmt: skip
+    return model
+
+
+class Manager:
+    """The service manager's end of the notification socket."""
+
+    def __init__(self, path: Path) -> None:
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(str(path))
+        self.path = path
+
+    def next(self, timeout_s: float = PATIENCE_S) -> str:
+        """Empty if nothing comes."""
+        self.socket.settimeout(timeout_s)
+        with contextlib.suppress(TimeoutError):
+            return self.socket.recv(65536).decode()
+        return ""
+
+    def until(self, what: str) -> None:
+        end = time.monotonic() + PATIENCE_S
+        while what not in self.next():
+            assert time.monotonic() < end, f"no {what}"
+
+
+@pytest.fixture
+def manager(tmp_path: Path) -> Iterator[Manager]:
+    opened = Manager(tmp_path / "notify")
+    yield opened
+    opened.socket.close()
+
+
+class Watching:
+    """A running `fieldfit watch`."""
+
+    def __init__(self, folder: Path, words: Sequence[str], **environment: str) -> None:
+        self.state = folder / "state"
+        self.errors = (folder / "stderr").open("a+")
+        command = [
+            sys.executable, "-m", "runtime", "watch", *words, "--state", str(self.state),
+            "--threads", "1",
+        ]  # fmt: skip
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=self.errors,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
+        )  # fmt: skip
+
+    def lines(self, count: int) -> list[dict[str, Any]]:
+        assert self.process.stdout is not None
+        lines = [self.process.stdout.readline() for _ in range(count)]
+        assert all(lines), self.said()
+        return [json.loads(line) for line in lines]
+
+    def end(self, number: signal.Signals | None = None) -> tuple[int, list[dict[str, Any]]]:
+        """The exit code, and all lines that were not read."""
+        if number is not None:
+            self.process.send_signal(number)
+        rest, _ = self.process.communicate(timeout=PATIENCE_S)
+        return self.process.returncode, [json.loads(line) for line in rest.splitlines()]
+
+    def said(self) -> str:
+        self.errors.seek(0)
+        return self.errors.read()
+
+    def kept(self) -> list[Verdict]:
+        with Outbox(self.state / OUTBOX, device(self.state).id) as outbox:
+            rows = outbox.unsent(100_000)
+        return [msgspec.json.decode(row.payload, type=Verdict) for row in rows]
+
+
+Start = Callable[..., Watching]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    running: list[Watching] = []
+
+    def starter(*words: object, **environment: str) -> Watching:
+        running.append(Watching(tmp_path, [str(word) for word in words], **environment))
+        return running[-1]
+
+    yield starter
+    for watching in running:
+        watching.process.kill()
+        watching.process.communicate()
+        watching.errors.close()
+
+
+def put(folder: Path, number: int, image: np.ndarray[Any, Any] | None = None) -> Path:
+    """A picture that appears whole."""
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{number:04}.png"
+    hidden = folder / f".{path.name}"
+    Image.fromarray(frames(256)[100 + number % 100] if image is None else image).save(hidden, "PNG")
+    hidden.rename(path)
+    return path
+
+
+BLACK = np.zeros((*SIZE, CHANNELS), np.uint8)
+
+
+def test_each_file_gets_a_verdict_that_is_kept_and_said(
+    tmp_path: Path, archive: Path, start: Start
+) -> None:
+    for number in range(5):
+        put(tmp_path / "in", number)
+    (tmp_path / "in" / "0002.png").write_bytes(b"no picture")
+    put(tmp_path / "more", 7)
+    watching = start(tmp_path / "in", tmp_path / "more", "--bundle", archive, "--ok", OK)
+    code, lines = watching.end()
+    assert code == 0, watching.said()
+    assert [line["seq"] for line in lines] == list(range(1, 7))
+    assert watching.kept() == [msgspec.convert(line, Verdict) for line in lines]
+    verdicts = {Path(line["frame"]).name: line["verdict"] for line in lines}
+    assert verdicts["0002.png"] == "NOT INSPECTED"
+    assert Counter(verdicts.values())["NOT INSPECTED"] == 1
+    assert "not an image" in next(line["reason"] for line in lines if "0002" in line["frame"])
+    said = watching.said().splitlines()
+    assert said[-2].startswith("fieldfit: 6 frames: ")
+    assert said[-2].endswith("1 NOT INSPECTED; 0 dropped")
+    assert said[-1] == "next: send the 6 records that wait: --mqtt mqtt://HOST/TOPIC"
+
+
+def test_a_termination_in_the_middle_of_frames_loses_no_record(
+    tmp_path: Path, archive: Path, start: Start, manager: Manager
+) -> None:
+    inbox = tmp_path / "in"
+    for number in range(300):
+        put(inbox, number)
+    watching = start(
+        f"watch:{inbox}", "--bundle", archive, "--ok", OK, NOTIFY_SOCKET=str(manager.path)
+    )
+    manager.until("READY=1")
+    lines = watching.lines(20)
+    code, rest = watching.end(signal.SIGTERM)
+    assert code == 0, watching.said()
+    lines += rest
+    assert 20 <= len(lines) < 300
+    assert watching.kept() == [msgspec.convert(line, Verdict) for line in lines]
+    manager.until("STOPPING=1")
+    assert f"{len(lines)} frames" in watching.said()
+
+
+def test_after_kills_every_file_has_a_verdict_and_the_numbers_have_no_gap(
+    tmp_path: Path, archive: Path, start: Start
+) -> None:
+    inbox = tmp_path / "in"
+    names = {str(put(inbox, number)) for number in range(60)}
+    words = f"watch:{inbox}", "--bundle", archive, "--ok", OK
+    for kill_after in (7, 12):
+        watching = start(*words)
+        watching.lines(kill_after)
+        watching.end(signal.SIGKILL)
+    before = len(watching.kept())
+    assert before < len(names)
+    watching = start(*words)
+    end = time.monotonic() + PATIENCE_S
+    while {verdict.frame for verdict in watching.kept()} != names:
+        assert time.monotonic() < end, watching.said()
+        time.sleep(0.05)
+    assert watching.end(signal.SIGINT)[0] == 0
+    kept = watching.kept()
+    assert [verdict.seq for verdict in kept] == list(range(1, len(kept) + 1))
+    assert len(kept) - len(names) <= 2, "a kill may bring the frame in hand again, and no other"
+
+
+def test_the_watchdog_is_fed_while_idle_and_starved_by_an_engine_that_hangs(
+    tmp_path: Path, archive: Path, start: Start, manager: Manager
+) -> None:
+    inbox = tmp_path / "in"
+    inbox.mkdir()
+    watching = start(
+        f"watch:{inbox}", "--bundle", archive, "--ok", OK,
+        NOTIFY_SOCKET=str(manager.path), WATCHDOG_USEC="200000",
+    )  # fmt: skip
+    manager.until("READY=1")
+    for _ in range(3):
+        manager.until("WATCHDOG=1")  # nothing to inspect, and alive
+    put(inbox, 1)
+    assert watching.lines(1)[0]["verdict"] in ("OK", "DEFECT")
+    manager.until("WATCHDOG=1")
+    put(inbox, 2, BLACK)
+    silent(manager)
+    assert watching.process.poll() is None
+
+
+def test_a_stopped_process_starves_the_watchdog(
+    tmp_path: Path, archive: Path, start: Start, manager: Manager
+) -> None:
+    (tmp_path / "in").mkdir()
+    watching = start(
+        f"watch:{tmp_path / 'in'}", "--bundle", archive, "--ok", OK,
+        NOTIFY_SOCKET=str(manager.path), WATCHDOG_USEC="200000",
+    )  # fmt: skip
+    manager.until("WATCHDOG=1")
+    watching.process.send_signal(signal.SIGSTOP)
+    silent(manager)
+    watching.process.send_signal(signal.SIGCONT)
+    manager.until("WATCHDOG=1")
+
+
+def silent(manager: Manager) -> None:
+    """Return when nothing was said for long after a loop that is alive would have spoken."""
+    end = time.monotonic() + PATIENCE_S
+    while manager.next(timeout_s=2.0):
+        assert time.monotonic() < end, "it goes on saying that it is alive"
+
+
+def test_what_it_was_not_told_it_asks_for(
+    tmp_path: Path, archive: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    put(tmp_path / "in", 1)
+    words = ["watch", str(tmp_path / "in"), "--state", str(tmp_path / "state")]
+    assert fieldfit([*words, "--bundle", str(archive)]) == 1
+    assert f"pass --ok LABEL, one or more of {', '.join(LABELS)}" in capfd.readouterr().err
+    assert fieldfit([*words, "--bundle", str(archive), "--ok", "fine"]) == 1
+    assert "has no label 'fine'" in capfd.readouterr().err
+    assert fieldfit(words) == 1
+    assert "fieldfit stage" in capfd.readouterr().err
+
+
+def test_two_lines_do_not_share_a_state_folder(
+    tmp_path: Path, archive: Path, start: Start, capfd: pytest.CaptureFixture[str]
+) -> None:
+    inbox = tmp_path / "in"
+    put(inbox, 1)
+    watching = start(f"watch:{inbox}", "--bundle", archive, "--ok", OK)
+    watching.lines(1)
+    assert fieldfit(["watch", str(inbox), "--state", str(watching.state)]) == 1
+    assert "another fieldfit watch inspects with this state folder" in capfd.readouterr().err
