@@ -23,7 +23,7 @@ from runtime.line.line_metrics import LineMetrics, sentence
 from runtime.line.loop import Line
 from runtime.line.notify import Notifier
 from runtime.line.outbox import Outbox, Unkept
-from runtime.line.thermal import Cooling, Heat
+from runtime.line.thermal import Cooling, Heat, read_heat
 from runtime.line.verdict import Finding, Verdict
 from runtime.monitoring.image_quality import Flag
 from runtime.preprocess import ImageLike
@@ -125,6 +125,9 @@ def test_a_label_is_ok_a_defect_or_not_known_to_the_bundle(classifier: Classifie
         inspector(classifier, ok=["fine"])
     with pytest.raises(DataError, match=r"--ok LABEL, one or more of a, b, c, d"):
         ok_labels(classifier.bundle.manifest, ())
+    said = msgspec.structs.replace(classifier.bundle.manifest, ok_labels=("b", "c"))
+    assert ok_labels(said, ()) == {"b", "c"}
+    assert ok_labels(said, ["a"]) == {"a"}
 
 
 def test_a_finding_says_when_where_and_by_what(classifier: Classifier) -> None:
@@ -463,6 +466,22 @@ def test_it_never_works_less_than_an_eighth_and_always_shows_that_it_is_alive() 
     assert cooling.share == 1 / 8
     assert cooling.rest_s(30.0) == 1.0
     assert "gpu-throttle-alert is active" in cooling.reason
+
+
+def test_heat_is_read_from_the_kernel_s_files(tmp_path: Path) -> None:
+    thermal = tmp_path / "sys" / "class" / "thermal"
+    for file, text in {
+        "thermal_zone0/type": "CPU-therm", "thermal_zone0/temp": "61500",
+        "thermal_zone1/type": "GPU-therm", "thermal_zone1/temp": "72250",
+        "cooling_device0/type": "gpu-throttle-alert", "cooling_device0/cur_state": "1",
+        "cooling_device1/type": "pwm-fan", "cooling_device1/cur_state": "3",
+    }.items():  # fmt: skip
+        (thermal / file).parent.mkdir(parents=True, exist_ok=True)
+        (thermal / file).write_text(f"{text}\n")
+    heat = read_heat(tmp_path)
+    assert (str(heat), heat.celsius) == ("GPU-therm at 72.2 °C", 72.25)
+    assert heat.throttling == ("gpu-throttle-alert",)
+    assert str(read_heat(tmp_path / "elsewhere")) == "no sensor"
 
 
 def test_a_hot_line_drops_frames_and_says_that_heat_is_why(
