@@ -174,6 +174,7 @@ def test_mender_installs_commits_and_rolls_back(
         tree = tmp_path / f"tree-{version}"
         (tree / "files").mkdir(parents=True, exist_ok=True)
         (tree / "files" / "solar.zip").write_bytes(zips[version].read_bytes())
+        (tree / "tmp").mkdir(exist_ok=True)
         return run("mender-fieldfit", state, str(tree))
 
     assert module("SupportsRollback", "2").stdout == "Yes\n"
@@ -192,6 +193,13 @@ def test_mender_installs_commits_and_rolls_back(
     assert current(device) == "2"
     assert module("ArtifactRollback", "2").returncode == 0
     assert current(device) == "1"
+    shutil.rmtree(tmp_path / "tree-2")  # a deployment's folder ends with it
+    again = module("ArtifactInstall", "2")
+    assert again.returncode == 0, again.stderr
+    shutil.rmtree(tmp_path / "tree-2")
+    assert module("ArtifactInstall", "2").returncode == 0  # what answers already
+    assert module("ArtifactRollback", "2").returncode == 0
+    assert current(device) == "2"
 
 
 def test_rauc_brings_a_model_along_and_marks_the_system_good(
