@@ -234,6 +234,7 @@ class Evidence:
             if refusal is not None:
                 self._count(refusal)
             self._look()
+            self._tasks.task_done()
 
     def _look(self) -> None:
         if self._folder is not None:

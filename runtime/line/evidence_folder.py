@@ -21,7 +21,7 @@ import msgspec
 
 from runtime import atomic
 from runtime.errors import DataError
-from runtime.evidence_pack import NAME, REASONS, Reason, Record, decode_record, encode_record
+from runtime.evidence_pack import NAME, Reason, Record, decode_record, encode_record
 
 FOLDER = "evidence"
 """Its name below a device's state."""
@@ -176,8 +176,7 @@ def first_to_go(pieces: Iterable[Piece]) -> Piece:
     pieces = list(pieces)
     pieces = [piece for piece in pieces if piece.packed] or pieces
     counts = Counter(piece.why for piece in pieces)
-    most = max(REASONS, key=lambda reason: counts[reason])
-    return min((piece for piece in pieces if piece.why == most), key=lambda piece: piece.number)
+    return min(pieces, key=lambda piece: (-counts[piece.why], piece.number))
 
 
 def read_records(path: Path) -> tuple[list[tuple[Record, bool]], list[str]]:
