@@ -6,6 +6,8 @@ Real processes, real signals, a real engine; the service manager's end of the so
 import contextlib
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,7 +26,9 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from runtime.__main__ import main as fieldfit
+from runtime.classifier import Classifier
 from runtime.delivery.identity import device
+from runtime.delivery.slots import Slots
 from runtime.line.outbox import Outbox
 from runtime.line.verdict import Verdict
 from runtime.verbs.watch import OUTBOX
@@ -299,3 +303,55 @@ def test_two_lines_do_not_share_a_state_folder(
     watching.lines(1)
     assert fieldfit(["watch", str(inbox), "--state", str(watching.state)]) == 1
     assert "another fieldfit watch inspects with this state folder" in capfd.readouterr().err
+
+
+def test_metrics_and_the_page_s_file_are_written_while_it_runs_and_at_the_end(
+    tmp_path: Path, archive: Path, start: Start
+) -> None:
+    for number in range(3):
+        put(tmp_path / "in", number)
+    file = tmp_path / "metrics" / "line.prom"
+    watching = start(
+        tmp_path / "in", "--bundle", archive, "--ok", OK, "--metrics", file,
+        "--evidence", tmp_path / "kept",
+    )  # fmt: skip
+    assert watching.end()[0] == 0, watching.said()
+    text = file.read_text()
+    counts = re.findall(r'results_total\{verdict="[A-Z ]+"\} (\d+)', text)
+    assert sum(map(int, counts)) == 3
+    manifest = Classifier.open(archive, threads=1).bundle.manifest
+    assert f'model_info{{sha="{manifest.digest}",version="1",ep="cpu"}} 1' in text
+    assert "fieldfit_outbox_rows 3\n" in text
+    assert "fieldfit_evidence_taken_total" in text
+    assert watching.said().splitlines()[-1].startswith("next: ")
+    if shutil.which("promtool") is None:
+        pytest.skip("no promtool here: apt install prometheus")
+    done = subprocess.run(
+        ["promtool", "check", "metrics"], input=text, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_a_new_slot_takes_over_between_two_frames_of_a_line(tmp_path: Path, start: Start) -> None:
+    slots = Slots(tmp_path / "state")
+    for version in ("1", "2"):
+        slots.stage(model_zip(tmp_path, version))
+    first, second = (release.sha256 for release in slots.status().staged)
+    slots.activate(first)
+    slots.begin_try()
+    slots.commit()
+    inbox = tmp_path / "in"
+    put(inbox, 0)
+    watching = start(f"watch:{inbox}", "--ok", OK)
+    assert watching.lines(1)[0]["version"] == "1"
+    with slots.lock():
+        slots.activate(second)
+    versions, number = [], 0
+    while "2" not in versions:
+        number += 1
+        put(inbox, number)
+        versions.append(watching.lines(1)[0]["version"])
+        assert number < 5000, watching.said()
+    assert set(versions) == {"1", "2"}
+    assert watching.end(signal.SIGTERM)[0] == 0
+    assert "NOT INSPECTED" not in {verdict.verdict for verdict in watching.kept()}
