@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, get_args
 import msgspec
 import numpy as np
 
+from runtime.delivery.status_document import clipped
 from runtime.line.verdict import Finding, Word
 
 STRIP = 60
@@ -89,7 +90,7 @@ class Tally:
             _count(self._labels, said.label)
         for word in said.flags:
             if _count(self._flags, word):
-                self._flagged[word] = (said.reason, said.time)
+                self._flagged[word] = (clipped(said.reason), said.time)
         second = self._second(int(now))
         second.sources[said.source] += 1
         second.flags.update(said.flags)

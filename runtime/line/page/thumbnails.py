@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from runtime.delivery.status_document import clipped
 from runtime.line.verdict import Finding, Verdict, Word
 
 UInt8 = npt.NDArray[np.uint8]
@@ -98,8 +99,9 @@ class Thumbnails:
             picture = f"{self._run}-{self._number}.jpg"
             (self._folder / picture).write_bytes(jpeg(image))
         card = RecentFrame(
-            number=self._number, time=said.time, source=said.source, frame=said.frame,
-            verdict=said.verdict, label=said.label, score=said.score, reason=said.reason,
+            number=self._number, time=said.time, source=clipped(said.source),
+            frame=clipped(said.frame), verdict=said.verdict, label=said.label, score=said.score,
+            reason=clipped(said.reason),
             flags=said.flags, seq=said.seq if isinstance(said, Verdict) else None, picture=picture,
         )  # fmt: skip
         before = {shown.picture for shown in (*self.recent, *self.notable)}
