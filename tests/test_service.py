@@ -139,7 +139,7 @@ def test_show_prints_the_unit_and_writes_nothing(
     command = f"{sys.executable} -m runtime watch {' '.join(ARGUMENTS)} --state {state}"
     assert f"ExecStart={command}\n" in text
     assert f"WorkingDirectory={tmp_path}\n" in text
-    assert f"ReadWritePaths={state} {tmp_path / 'kept'}\n" in text
+    assert f"ReadWritePaths={state} {state}-floor {tmp_path / 'kept'}\n" in text
     assert "PrivateNetwork=yes" in text
     assert list(tmp_path.iterdir()) == []
     assert fieldfit(["service", "show", "--json", "--", *ARGUMENTS]) == 0

@@ -193,7 +193,9 @@ class Slots:
                 try:
                     self._sweep()
                     if not self._names() and not (self.folder / _STATE).exists():
-                        self._write(self._anew())  # from now on, a missing state is damage
+                        floor = self._floors.lift(Floor())  # it can be kept, or is asked for now
+                        # From now on, a missing state is damage.
+                        self._write(State(floor=floor.version))
                     yield
                 finally:
                     self._depth -= 1
@@ -360,13 +362,11 @@ class Slots:
             if isinstance(state := _read_state(self._slots / name / _STATE), State)
         ]
         if not copies:
-            return self._anew(), [f"{problem}; no slot has a copy of it, so none is current"]
+            floor = self._floors.read().version
+            no_copy = f"{problem}; no slot has a copy of it, so none is current"
+            return State(floor=floor), [no_copy]
         newest = max(copies, key=lambda state: state.generation)
         return newest, [f"{problem}; taken from its copy in the slot of {newest.current}"]
-
-    def _anew(self) -> State:
-        """The first state, or the first after all was lost but the floor's second copy."""
-        return State(floor=self._floors.read().version)
 
     def _write(self, state: State) -> None:
         data = slot_state.encode(state)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from runtime import atomic
+from runtime.delivery.floor import second_copy
 from runtime.delivery.slots import default_folder
 from runtime.line import unit
 from runtime.verbs import watch
@@ -110,7 +111,7 @@ def _unit(options: argparse.Namespace) -> str:
     line = unit.Line(
         command=command,
         folder=Path.cwd(),
-        writes=(state, *watch.written(asked)),
+        writes=(state, second_copy(state).parent, *watch.written(asked)),
         reads=(Path(sys.executable), Path(__file__), Path.cwd(), *watch.read(asked)),
         network=watch.needs_network(asked),
         devices=unit.find_devices(),
