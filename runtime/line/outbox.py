@@ -151,6 +151,7 @@ class Outbox:
         self._thread = threading.RLock()
         self._database: sqlite3.Connection | None = None
         self._file: Inode | None = None
+        self._checked: Inode | None = None
         self._ceiling = 0
         self._unkept = 0  # of this process, not yet counted in the file
         self._counts = Counts()
@@ -315,6 +316,7 @@ class Outbox:
                         self._set_aside(damage)
                     return act(self._connected())
             except (OSError, sqlite3.Error, _DamageError) as error:
+                self.close()  # what was opened on a full disk stays read-only when that has room
                 return Unkept(f"{self.path}: {error}")
 
     @contextlib.contextmanager
@@ -342,7 +344,7 @@ class Outbox:
         if self._database is None or self._file != _inode(self.path):
             self.close()
             self._database = self._open()
-            self._file = _inode(self.path)
+            self._file = self._checked = _inode(self.path)
         return self._database
 
     def _open(self) -> sqlite3.Connection:
@@ -359,7 +361,7 @@ class Outbox:
             with _transaction(database):
                 if not _value(database, "SELECT count(*) FROM sqlite_master"):
                     self._create(database)
-            _check(database)
+            _check(database, thoroughly=self._checked != _inode(self.path))
         except BaseException:
             database.close()
             raise
@@ -406,14 +408,14 @@ class Outbox:
         return self.path.with_name(self.path.name + ending)
 
 
-def _check(database: sqlite3.Connection) -> None:
-    """Raises _DamageError if this is no outbox, a newer one, or not whole."""
+def _check(database: sqlite3.Connection, *, thoroughly: bool) -> None:
+    """Raises _DamageError if this is no outbox, a newer one, or not whole, which takes a while."""
     if _value(database, "PRAGMA application_id") != _APPLICATION:
         raise _DamageError("not an outbox")
     schema = _value(database, "PRAGMA user_version")
     if schema != SCHEMA:
         raise _DamageError(f"expected an outbox of schema {SCHEMA}, got {schema}")
-    found = _value(database, "PRAGMA quick_check(1)")
+    found = _value(database, "PRAGMA quick_check(1)") if thoroughly else "ok"
     if found != "ok":
         raise _DamageError(f"damaged: {found}")
 
