@@ -1,8 +1,8 @@
 """Whether the line still sees what its bundle was made for: each image, and each window of answers.
 
 The measures are those of ``runtime.monitoring``; this follows the bundle that answers, since each
-brings a reference of its own. A bundle without one is inspected with all the same: nothing is
-checked then, and that is said.
+brings a reference of its own. A bundle without one is inspected with all the same: only a frozen
+camera is noticed then, and that is said.
 """
 
 import logging
@@ -15,15 +15,14 @@ from runtime.bundle import Bundle
 from runtime.errors import BundleError
 from runtime.line.inspection import Inspected
 from runtime.line.verdict import Finding
-from runtime.monitoring.drift import Drift, DriftReport
+from runtime.monitoring.drift import WINDOW, Drift, DriftReport
 from runtime.monitoring.image_quality import Flag, Watch
-from runtime.monitoring.reference import Reference, read_reference
+from runtime.monitoring.reference import read_reference
 from runtime.sources.frame import Frame
 
 _log = logging.getLogger(__name__)
 
-_FROZEN_AFTER = 3
-"""Repeats of a picture from a camera, whose noise makes each one new."""
+_NEVER = 0
 
 
 class Health:
@@ -32,19 +31,16 @@ class Health:
     ``files`` are the names of sources that may well bring the same picture twice.
     """
 
-    def __init__(self, files: Set[str] = frozenset()) -> None:
+    def __init__(self, bundle: Bundle, *, files: Set[str] = frozenset()) -> None:
         self._files = files
-        self._bundle: Bundle | None = None
-        self._reference: Reference | None = None
-        self._watches: dict[str, Watch] = {}
-        self._drift: Drift | None = None
         self.report: DriftReport | None = None
         """Of the last whole window of the bundle that answers."""
+        self._follow(bundle)
 
     @property
     def knows(self) -> bool:
         """Whether the bundle has a reference to compare with."""
-        return self._reference is not None
+        return self._drift is not None
 
     def drifts(self) -> bool:
         """Whether the last window drifted."""
@@ -54,17 +50,16 @@ class Health:
         """What is wrong with ``image``, uint8 [H, W, C], the next one of ``source``."""
         if bundle is not self._bundle:
             self._follow(bundle)
-        if self._reference is None:
-            return ()
-        if source not in self._watches:
-            after = 0 if source in self._files else _FROZEN_AFTER
-            self._watches[source] = Watch(self._reference.limits, frozen_after=after)
-        return self._watches[source].look(source, image)
+        return self._watch(source).look(source, image)
 
     def forget(self, source: str) -> None:
         """``source`` gave no image."""
-        if source in self._watches:
-            self._watches[source].forget(source)
+        self._watch(source).forget(source)
+
+    @property
+    def fill(self) -> float:
+        """How full the window is, 0 to 1."""
+        return self._drift.collected / WINDOW if self._drift else 0.0
 
     def judged(self, frame: Frame, inspected: Inspected, said: Finding) -> None:
         """Add an answer to the window of drift."""
@@ -80,14 +75,19 @@ class Health:
     def tick(self) -> None:
         """There is nothing to do between frames."""
 
+    def _watch(self, source: str) -> Watch:
+        return self._of_files if source in self._files else self._of_cameras
+
     def _follow(self, bundle: Bundle) -> None:
-        self._bundle, self._watches, self.report = bundle, {}, None
+        self._bundle, self.report = bundle, None
         which = f"{bundle.manifest.name} {bundle.manifest.version}"
+        reference = None
         try:
-            self._reference = read_reference(bundle)
-            if self._reference is None:
-                _log.warning("%s: has no reference: images and drift are not checked", which)
+            reference = read_reference(bundle)
+            if reference is None:
+                _log.warning("%s: has no reference: light and drift are not checked", which)
         except BundleError as error:
-            self._reference = None
-            _log.warning("images and drift are not checked: %s", error)
-        self._drift = Drift(self._reference) if self._reference else None
+            _log.warning("light and drift are not checked: %s", error)
+        limits = reference.limits if reference else {}
+        self._of_files, self._of_cameras = Watch(limits, frozen_after=_NEVER), Watch(limits)
+        self._drift = Drift(reference) if reference else None

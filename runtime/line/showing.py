@@ -37,9 +37,6 @@ from runtime.version import __version__
 _FILE_S = 5.0
 """How often the file of metrics is written; collectors ask every 15 to 60 seconds."""
 
-_SHOWN = 8
-"""Statistics that moved most, on the page."""
-
 _DEVICE_S = 60.0
 """How often slots and signed metadata are looked at."""
 
@@ -156,6 +153,7 @@ class Showing:
                 degraded=degraded(classifier.steps),
             ),
             cameras=self._cameras(), heat=self._heat(), drift=self._drift(),
+            drift_fill=parts.health.fill,
             outbox=self._outbox(), disks=(self._disk(),),
             update=snapshot.Update(expires=dict(self._expires)) if self._expires else None,
         )  # fmt: skip
@@ -198,14 +196,16 @@ class Showing:
         if not health.knows:
             return None
         report = health.report
+        if report is None:
+            return ()
         return tuple(
             snapshot.Drift(
                 of=test.of, p_value=test.p_value, alpha=report.threshold,
                 drifted=test.p_value < report.threshold, window=report.window,
-                sentence=report.sentence,
+                sentence=report.sentence if test is report.tests[0] else "",
             )
-            for test in report.tests[:_SHOWN]
-        ) if report else ()  # fmt: skip
+            for test in report.tests
+        )  # fmt: skip
 
     def _outbox(self) -> snapshot.Outbox:
         counts, sending = self._parts.outbox.counts(), self._parts.sending

@@ -127,7 +127,7 @@ def _watch(options: argparse.Namespace, state: Path, stack: ExitStack) -> int:
     sources = [open_source(text, state=state) for text in options.sources]
     model = _open_model(options, state)
     stack.callback(model.close)
-    health = Health()
+    health = Health(model.bundle)
     inspector = Inspector(model, boot=boot_id(), ok=options.ok, checks=health)
     outbox = stack.enter_context(Outbox(state / OUTBOX, me.id))
     metrics, cooling = LineMetrics(), Cooling(options.hot)
