@@ -355,13 +355,14 @@ class Outbox:
             self.path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
         )
         try:
+            if not _is_empty(database):  # somebody else's is not even touched
+                _check(database, thoroughly=self._checked != _inode(self.path))
             database.execute("PRAGMA journal_mode = WAL")
             database.execute(f"PRAGMA synchronous = {self._synchronous}")
             database.execute(f"PRAGMA journal_size_limit = {_JOURNAL_BYTES}")
             with _transaction(database):
-                if not _value(database, "SELECT count(*) FROM sqlite_master"):
+                if _is_empty(database):
                     self._create(database)
-            _check(database, thoroughly=self._checked != _inode(self.path))
         except BaseException:
             database.close()
             raise
@@ -406,6 +407,10 @@ class Outbox:
 
     def _beside(self, ending: str) -> Path:
         return self.path.with_name(self.path.name + ending)
+
+
+def _is_empty(database: sqlite3.Connection) -> bool:
+    return not _value(database, "SELECT count(*) FROM sqlite_master")
 
 
 def _check(database: sqlite3.Connection, *, thoroughly: bool) -> None:
