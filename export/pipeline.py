@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import onnx
 import onnxruntime
 import torch
@@ -33,32 +34,40 @@ from export.held_out import HeldOut, answers, ask_checkpoint, examine
 from export.onnx_graph import to_onnx
 from export.parity import check_batches, check_checkpoint, measure
 from export.precision_ladder import Material, PrecisionLadder, Rung, material_of
+from export.reference import make_reference
 from export.release import (
     RELEASE,
     Attempt,
     FormReport,
+    ReferenceReport,
     Release,
     encode_release,
     judged_sha256,
 )
+from export.selective import Abstention, choose, measure_threshold, scored
 from export.teach import teach
 from export.write_bundle import GOLDEN, adaptation_of, encode_golden, make_manifest, write_bundle
 from runtime import atomic
 from runtime.benchmark import interleave
-from runtime.dataset import Dataset, Example, read_dataset
+from runtime.dataset import Dataset, Example, Split, read_dataset
 from runtime.engines.engine import logits_of
 from runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
 from runtime.errors import DataError, EngineError, ExportError
 from runtime.manifest import Artifact
+from runtime.monitoring.reference import REFERENCE, encode
 from runtime.preprocess import IMAGE_SUFFIXES
 from runtime.recipe import Recipe
 from runtime.version import __version__
 from train import console
 from train.checkpoint import CheckpointFacts, read_checkpoint
+from train.pipeline import CACHE
+from train.pixels import UInt8, load_pixels
 from train.record import finished, training_key
 
 SAMPLES = 6
 """Held-out images copied to ``samples/`` for `make run`."""
+
+SELECTIVE_RISK = "selective-risk.png"
 
 TIMED_SECONDS = 4.0
 """How long the forms of a CPU are timed against each other."""
@@ -99,6 +108,8 @@ class _Job:
             self.validation = ask_checkpoint(self.model, self.dataset, "validation", recipe)
         self.ladder: PrecisionLadder | None = None
         self.files: dict[str, bytes] = {}
+        self.logits: dict[str, npt.NDArray[np.float32]] = {}
+        """Of the test images, by form that passed."""
         self.reports: list[FormReport] = []
 
     def run(self, *, allow_fp16_only: bool) -> Release:
@@ -109,6 +120,7 @@ class _Job:
         for form in recipe.export.forms:
             self.reports.append(self._make(form, graph))
         self._time_forms()
+        statistics = self._reference()
         release = Release(
             name=recipe.name,
             version=recipe.export.version,
@@ -122,6 +134,8 @@ class _Job:
             dataset_sha256=self.dataset.sha256,
             judged_sha256=judged_sha256((e.sha256, e.label) for e in self.held_out),
             gate=recipe.gate,
+            abstention=self._abstention(),
+            statistics=statistics,
             seed=recipe.seed,
             seconds=time.monotonic() - self.started,
             machine=platform.machine(),
@@ -147,6 +161,7 @@ class _Job:
             check_batches(engine, np.asarray(self.test.images[:33]))
         quality = measure(self.test.logits, logits, self.test.labels, seed=self.recipe.seed)
         self.files["fp32.onnx"] = data
+        self.logits["fp32"] = logits
         reason = f"is the checkpoint ({parity:.0f} dB), batches 1, 2, 5 and 33 agree"
         attempt = Attempt(form="fp32", quality=quality, passed=True, reason=reason)
         self.reports.append(
@@ -250,6 +265,7 @@ class _Job:
         )
         if judged.passed:
             self.files[f"{form}.onnx"] = data
+            self.logits[form] = logits
         return FormReport(
             form=form, released=judged.passed, reason=judged.reason, bytes=len(data),
             attempts=(attempt,), engine=proof, kernels=kernels,
@@ -268,6 +284,42 @@ class _Job:
             msgspec.structs.replace(report, relative_speed=speeds.get(report.form))
             for report in self.reports
         ]
+
+    def _reference(self) -> ReferenceReport:
+        train = self.dataset.select(self.dataset.field, "train")
+        images: dict[Split, UInt8] = {
+            "train": load_pixels(train, self.recipe.input, CACHE),
+            "test": self.test.images,
+        }
+        if self.validation is not None:
+            images["validation"] = self.validation.images
+        with OnnxRuntimeEngine(self.files["fp32.onnx"], form="fp32") as engine:
+            reference, report = make_reference(
+                engine, self.facts.classes, images, temperature=self.facts.temperature
+            )
+        self.files[REFERENCE] = encode(reference)
+        return report
+
+    def _abstention(self) -> Abstention:
+        """Chosen on the checkpoint's answers to validation images, measured on all forms'."""
+        temperature = self.facts.temperature
+        logits, labels = self.test.logits[:0], self.test.labels[:0]
+        if self.validation is not None:
+            logits, labels = self.validation.logits, self.validation.labels
+        chosen = choose(scored(logits, labels, temperature), self.recipe.export.max_error_accepted)
+        if chosen.chosen is not None and (self.test.labels >= 0).any():
+            tested = tuple(
+                measure_threshold(
+                    form, scored(answered, self.test.labels, temperature), chosen.abstain_below
+                )
+                for form, answered in self.logits.items()
+            )
+            chosen = msgspec.structs.replace(chosen, tested=tested)
+        if chosen.curve:
+            from export.plots import write_selective_risk  # drawing takes a second to load
+
+            write_selective_risk(self.recipe.build / SELECTIVE_RISK, chosen)
+        return chosen
 
     def _write(self, release: Release) -> None:
         recipe = self.recipe
@@ -291,8 +343,9 @@ class _Job:
             for report in released
         ]
         manifest = make_manifest(
-            recipe, self.facts, release.checkpoint_sha256, artifacts, self.files
-        )
+            recipe, self.facts, release.checkpoint_sha256, artifacts, self.files,
+            abstain_below=release.abstention.abstain_below if release.abstention else 0.0,
+        )  # fmt: skip
         archive = recipe.build / f"{recipe.name}-{recipe.export.version}.zip"
         write_bundle(recipe.build / "bundle", archive, manifest, self.files)
         _write_samples(recipe.build / "samples", self.dataset, self.held_out)

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import msgspec
 
 from export.engines import EngineProof
+from export.selective import Abstention
 from runtime.bundle import Bundle
 from runtime.dataset import Split
 from runtime.errors import BundleError
@@ -53,6 +54,25 @@ class FormReport(msgspec.Struct, frozen=True, kw_only=True):
     is not chosen on processors of this architecture."""
 
 
+class ReferenceReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What a device compares its field with, and how often it would notice what is not there."""
+
+    images: int
+    """Held-out field images in it."""
+    limits_from: int
+    """Images that limits of image quality were learned from."""
+    flagged: float
+    """Share of the test images on which those limits notice something; nothing is wrong there."""
+    alarmed: float
+    """Share on which they alarm."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.images} held-out images; image quality by {self.limits_from} images, notices "
+            f"something on {self.flagged:.1%} of the test images and alarms on {self.alarmed:.1%}"
+        )
+
+
 class Release(msgspec.Struct, frozen=True, kw_only=True):
     """``release.json``: how the bundle came to be."""
 
@@ -74,6 +94,10 @@ class Release(msgspec.Struct, frozen=True, kw_only=True):
     """Of the images that the forms were judged on, with their labels: see judged_sha256()."""
     gate: GateSettings = GateSettings()
     """The budgets that they were judged by."""
+    abstention: Abstention | None = None
+    """Below which score a device abstains, and why."""
+    statistics: ReferenceReport | None = None
+    """What a device compares its field with."""
     seed: int
     seconds: float
     machine: str

@@ -30,6 +30,10 @@ def show(release: Release) -> None:
     """Print the table and, below it, whether the model is proven and the reason of each verdict."""
     console.table(title(release), COLUMNS, rows(release))
     console.say(f"adaptation: {release.adaptation}")
+    if release.statistics is not None:
+        console.say(f"reference: {release.statistics}")
+    if release.abstention is not None:
+        console.say("; ".join([release.abstention.reason, *map(str, release.abstention.tested)]))
     for report in release.forms:
         if not report.released:
             console.say(f"{report.form} is not in the bundle: {report.reason}")

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from runtime import atomic
 from runtime.bundle import MANIFEST, Bundle, encode_zip
 from runtime.manifest import FORMAT, Adaptation, Artifact, FileEntry, Manifest, encode
+from runtime.monitoring.reference import REFERENCE
 from runtime.recipe import Recipe
 from runtime.version import __version__
 from train.checkpoint import CheckpointFacts
@@ -47,6 +48,8 @@ def make_manifest(
     checkpoint_sha256: str,
     artifacts: Sequence[Artifact],
     files: Mapping[str, bytes],
+    *,
+    abstain_below: float = 0.0,
 ) -> Manifest:
     """The manifest of a bundle with these ``files``, without its digest."""
     return Manifest(
@@ -63,7 +66,9 @@ def make_manifest(
         ),
         golden=GOLDEN,
         temperature=facts.temperature,
+        abstain_below=abstain_below,
         ok_labels=recipe.export.ok,
+        reference=REFERENCE if REFERENCE in files else None,
         minimum_runtime=__version__,
         required_provider=recipe.export.require,
         recipe_sha256=recipe.sha256,

@@ -76,7 +76,7 @@ def write_robustness(
     by degradation.
     """
     lines = -(-len(before) // PANELS)
-    with _style():
+    with style():
         figure = Figure(figsize=(WIDTH, 0.9 + 1.7 * lines), dpi=DPI, layout="constrained")
         grid = figure.subplots(lines, PANELS, sharex=True, sharey=True, squeeze=False)
         panels = list(grid.flat)
@@ -101,7 +101,7 @@ def write_robustness(
             handles, labels, title=title, title_fontsize=11, loc="outside upper center", ncols=2,
             frameon=False,
         )  # fmt: skip
-        _save(figure, path)
+        save(figure, path)
 
 
 def write_ladder(path: Path, steps: Sequence[Step], *, metric: str) -> None:
@@ -109,7 +109,7 @@ def write_ladder(path: Path, steps: Sequence[Step], *, metric: str) -> None:
 
     ``metric`` is the name of what ``Step.field`` and ``Step.source`` hold.
     """
-    with _style():
+    with style():
         figure = Figure(figsize=(WIDTH, 1.4 + 0.85 * len(steps)), dpi=DPI, layout="constrained")
         panel, words = figure.subplots(1, 2, width_ratios=(10, 9), sharey=True)
         climbed = [(s.field, y) for y, s in enumerate(steps) if s.kept and s.field is not None]
@@ -139,7 +139,7 @@ def write_ladder(path: Path, steps: Sequence[Step], *, metric: str) -> None:
             Line2D([], [], color=BLACK, marker="D", mfc="none", ls="", label="source"),
         ]
         figure.legend(handles=handles, loc="outside lower left", ncols=3, frameon=False)
-        _save(figure, path)
+        save(figure, path)
 
 
 def _draw_step(panel: Axes, step: Step, height: int) -> None:
@@ -189,7 +189,7 @@ def write_curves(path: Path, histories: Mapping[str, Sequence[Point]], *, metric
 
     Every history has at least one epoch; parts that only some epochs have begin later.
     """
-    with _style():
+    with style():
         figure = Figure(figsize=(WIDTH, 0.6 + 2.2 * len(histories)), dpi=DPI, layout="constrained")
         grid = figure.subplots(len(histories), 3, squeeze=False)
         for row, (name, points) in zip(grid, histories.items(), strict=True):
@@ -203,7 +203,7 @@ def write_curves(path: Path, histories: Mapping[str, Sequence[Point]], *, metric
             panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         for panel in grid[-1]:
             panel.set_xlabel("epoch")
-        _save(figure, path)
+        save(figure, path)
 
 
 def _draw_scores(panel: Axes, points: Sequence[Point], metric: str) -> None:
@@ -231,12 +231,13 @@ def _draw_parts(panel: Axes, points: Sequence[Point]) -> None:
         panel.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """Write ``figure`` as a PNG file, whole or not at all."""
     with replacing_file(path) as temporary:
         figure.savefig(temporary, format="png")
 
 
-def _style() -> AbstractContextManager[None]:
+def style() -> AbstractContextManager[None]:
     """Our look for what is made within; settings of the process come back after it."""
     return mpl.rc_context(
         {

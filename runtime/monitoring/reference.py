@@ -68,7 +68,9 @@ def encode(reference: Reference) -> bytes:
         **{_LIMITS + name: np.array(limits) for name, limits in reference.limits.items()},
     }
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    # In C order: a device reads no other.
+    plain = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
+    np.savez(buffer, **plain)  # type: ignore[arg-type]
     return buffer.getvalue()
 
 
@@ -82,7 +84,7 @@ def read_reference(bundle: Bundle) -> Reference | None:
         return None
     try:
         return _decode(bundle.read(manifest.reference), manifest.labels)
-    except (ValueError, KeyError) as error:
+    except (ValueError, LookupError) as error:
         raise BundleError(
             f"{bundle.path}: {manifest.reference} cannot be read: {error}; export it again"
         ) from error
@@ -103,7 +105,8 @@ def _decode(data: bytes, labels: tuple[str, ...]) -> Reference:
     expected = {
         "probabilities": (samples, len(labels)),
         "features": (samples, wide + 1),
-        "basis": (*centre.shape, wide),
+        "centre": basis.shape[:1],
+        "basis": (*centre.shape[:1], wide),
         "scale": (1,),
     }
     for name, shape in expected.items():
