@@ -19,6 +19,7 @@ from runtime.verbs import (
     commit,
     doctor,
     fleet,
+    page,
     rollback,
     serve,
     service,
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         fleet,
         serve,
         watch,
+        page,
         collect,
         service,
     ):

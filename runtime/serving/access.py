@@ -76,12 +76,14 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def check_exposure(host: str, tokens: Tokens | None, certificates: Certificates | None) -> None:
-    """Raises ServeError if ``host`` can be asked from elsewhere by anybody."""
+def check_exposure(
+    host: str, tokens: Tokens | None, certificates: Certificates | None, option: str = "--host"
+) -> None:
+    """Raises ServeError if anybody can ask ``host``, which ``option`` named, from elsewhere."""
     known = tokens is not None or (certificates is not None and certificates.client_ca is not None)
     if not (known or is_loopback(host)):
         raise ServeError(
-            f"--host {host} can be asked from elsewhere, so it must know its clients: add "
+            f"{option} {host} can be asked from elsewhere, so it must know its clients: add "
             "--token-file FILE, or --cert, --key and --client-ca for mutual TLS; "
             "without, only 127.0.0.1 and ::1 are served"
         )

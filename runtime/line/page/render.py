@@ -12,7 +12,7 @@ from typing import get_args
 from runtime.delivery.fleet_health import Level, span
 from runtime.line.page.alarms import Standing
 from runtime.line.page.markup import Child, Element, el, html
-from runtime.line.page.snapshot import Absent, Condition, Disk, Drift, Heat, Outbox, Snapshot
+from runtime.line.page.snapshot import Absent, Disk, Drift, Heat, Outbox, Snapshot
 from runtime.line.page.tally import MINUTES, STRIP, Minute
 from runtime.line.page.thumbnails import RecentFrame
 from runtime.line.verdict import Word
@@ -216,7 +216,7 @@ def _hour(snapshot: Snapshot) -> Element:
     )  # fmt: skip
     return el(
         "figure", {"class": "hour"},
-        el("figcaption", {"class": "soft"}, "Not OK in each minute of the last hour, of its frames"),
+        el("figcaption", {"class": "soft"}, "Share of frames that were not OK, by minute"),
         el("div", {"class": "plot"},
            el("span", {"class": "top soft"}, f"{top:.0%}"), drawing),
         el("div", {"class": "axis soft"}, el("span", None, "1 h ago"),
@@ -527,8 +527,8 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 10 else span(datetime.timedelta(seconds=seconds))
 
 
-def _up(condition: Snapshot) -> str:
-    return span(condition.time - condition.started)
+def _up(snapshot: Snapshot) -> str:
+    return span(snapshot.time - snapshot.started)
 
 
 def _until(expires: datetime.datetime, now: datetime.datetime) -> Child:
