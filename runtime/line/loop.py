@@ -83,7 +83,6 @@ class Line:
         self._say, self._notifier, self._metrics = say, notifier, metrics
         self._cooling, self._read_heat = cooling, read_heat
         self._idle, self._clock, self._rest = idle, clock, rest
-        self._behind = feed.why_behind
         self._stopping = False
         self._failures = 0
         self._tick_at = self._heat_at = float("-inf")
@@ -120,7 +119,7 @@ class Line:
         recorded = self._clock()
         said = _refused(inspected.finding, kept) if isinstance(kept, Unkept) else kept
         self._say(said)
-        if source is not None and isinstance(kept, Verdict):
+        if isinstance(kept, Verdict):
             self._guarded(f"{source.name}: done", partial(source.done, frame))
         self._count(inspected, said, recorded - found, self._clock() - frame.monotonic)
         for beside in self.beside:
@@ -149,7 +148,6 @@ class Line:
         self.heat = self._read_heat()
         if change := self._cooling.observe(self.heat, now):
             _log.warning("%s", change)
-        self._feed.why_behind = self._cooling.reason or self._behind
 
     def _guarded(self, what: str, act: Callable[[], object]) -> None:
         """What hangs on the loop may fail: that is said, less and less often, and no more."""

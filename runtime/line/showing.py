@@ -109,7 +109,7 @@ class Showing:
     def status(self) -> str:
         """One line about it all."""
         parts = self._parts
-        counted = sentence(parts.metrics.results, parts.feed.dropped.total())
+        counted = sentence(parts.metrics.results, sum(parts.feed.dropped().values()))
         return f"{counted}; {self._classifier.engine}"
 
     def metrics(self) -> str:
@@ -132,7 +132,7 @@ class Showing:
             provider=classifier.engine.provider,
             degraded=bool(degraded(classifier.steps)),
             ages_s=parts.feed.ages(),
-            dropped=parts.feed.dropped,
+            dropped=parts.feed.dropped(),
             heat=parts.heat(),
             share=parts.cooling.share,
             outbox=parts.outbox.counts(),
@@ -171,11 +171,12 @@ class Showing:
         )
 
     def _cameras(self) -> tuple[snapshot.Camera, ...]:
-        feed, ages = self._parts.feed, self._parts.feed.ages()
+        feed = self._parts.feed
+        ages, dropped = feed.ages(), feed.dropped()
         return tuple(
             snapshot.Camera(
                 name=name, age_s=ages.get(name), fault=self._faults.get(name, ""),
-                dropped=feed.dropped[name],
+                dropped=dropped[name],
             )
             for name in feed.names
         )  # fmt: skip

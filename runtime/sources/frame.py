@@ -27,6 +27,10 @@ class Source(Protocol):
     """An iterator of frames that ends when there are no more, or never."""
 
     name: str
+    live: bool
+    """It goes on while nobody looks: frames that nobody takes in time are lost."""
+    dropped: int
+    """Frames that were lost so, since the start."""
 
     def __iter__(self) -> Iterator[Frame]:
         """The frames that are still to be inspected, in order."""

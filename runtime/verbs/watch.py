@@ -4,7 +4,7 @@ import argparse
 import math
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ from runtime import atomic
 from runtime.delivery.slots import default_folder
 from runtime.errors import EngineError
 from runtime.private_files import Lock
+from runtime.sources import address
 from runtime.verbs.options import add_engine_options, add_state_option, add_verb, request
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from runtime.line.sending import Sending
 
 OUTBOX, LOCK = "outbox.db", "watch.lock"
+
+_FILES: Set[address.Kind] = {"files", "watch", "video"}
+_NETWORK: Set[address.Kind] = {"stream", "gstreamer", "aravis"}
 
 
 def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -85,18 +89,16 @@ def written(options: argparse.Namespace) -> tuple[Path, ...]:
 
 
 def read(options: argparse.Namespace) -> tuple[Path, ...]:
-    """Where such a line finds its bundle and its files."""
-    places = [source.removeprefix("watch:").removeprefix("video:") for source in options.sources]
-    files = [Path(place).absolute() for place in places if "://" not in place]
+    """Where such a line finds its bundle and its files. Raises DataError for what is no source."""
+    places = [a.place for a in map(address.parse, options.sources) if a.kind in _FILES]
+    files = [Path(place).absolute() for place in places]
     return (*files, options.bundle.absolute()) if options.bundle else tuple(files)
 
 
 def needs_network(options: argparse.Namespace) -> bool:
     """Whether such a line talks to cameras, a broker, a PLC or browsers."""
-    cameras = any(
-        "://" in source or source.startswith(("gst:", "aravis:")) for source in options.sources
-    )
-    return cameras or any((options.mqtt, options.modbus, options.page))
+    kinds = {address.parse(source).kind for source in options.sources}
+    return bool(kinds & _NETWORK) or any((options.mqtt, options.modbus, options.page))
 
 
 def run(options: argparse.Namespace) -> int:
@@ -127,7 +129,8 @@ def _watch(options: argparse.Namespace, state: Path, stack: ExitStack) -> int:
     sources = [open_source(text, state=state) for text in options.sources]
     model = _open_model(options, state)
     stack.callback(model.close)
-    health = Health(model.bundle)
+    files = {source.name for source in sources if not source.live}
+    health = Health(model.bundle, files=files)
     inspector = Inspector(model, boot=boot_id(), ok=options.ok, checks=health)
     outbox = stack.enter_context(Outbox(state / OUTBOX, me.id))
     metrics, cooling = LineMetrics(), Cooling(options.hot)
@@ -151,7 +154,7 @@ def _watch(options: argparse.Namespace, state: Path, stack: ExitStack) -> int:
         line.run()
     notifier.stopping()
     showing.end("the sources ended" if feed.ended else "it was stopped")
-    print(f"fieldfit: {sentence(metrics.results, feed.dropped.total())}", file=sys.stderr)
+    print(f"fieldfit: {sentence(metrics.results, sum(feed.dropped().values()))}", file=sys.stderr)
     print(f"next: {_next_step(options, outbox)}", file=sys.stderr)
     return 0
 
