@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -355,3 +356,63 @@ def test_a_new_slot_takes_over_between_two_frames_of_a_line(tmp_path: Path, star
     assert set(versions) == {"1", "2"}
     assert watching.end(signal.SIGTERM)[0] == 0
     assert "NOT INSPECTED" not in {verdict.verdict for verdict in watching.kept()}
+
+
+def test_a_page_shows_the_line_from_a_process_of_its_own_that_ends_with_it(
+    tmp_path: Path, archive: Path, start: Start
+) -> None:
+    inbox = tmp_path / "in"
+    put(inbox, 1)
+    put(inbox, 2).write_bytes(b"no picture")
+    watching = start(f"watch:{inbox}", "--bundle", archive, "--ok", OK, "--page", "127.0.0.1:0")
+    watching.lines(2)
+    url = until(lambda: re.search(r"the page is at (http://\S+?)/?\n", watching.said()))[1]
+
+    def shown() -> dict[str, Any] | None:
+        snapshot: dict[str, Any] = json.loads(get(f"{url}/status.json"))
+        found = snapshot.get("snapshot", snapshot)
+        return found if sum(found.get("verdicts", {}).values()) == 2 else None
+
+    snapshot = until(shown)
+    assert snapshot["phase"] == "inspecting"
+    assert snapshot["verdicts"]["NOT INSPECTED"] == 1
+    assert snapshot["model"]["name"] == "tiny"
+    assert snapshot["engine"]["name"] == "onnxruntime CPU, fp32"
+    assert [camera["name"] for camera in snapshot["cameras"]] == [f"watch:{inbox}"]
+    assert snapshot["heat"]["limit_c"] == 90.0
+    assert snapshot["outbox"]["rows"] == 2
+    assert 'fieldfit_rejected_inputs_total{reason="image"} 1\n' in get(f"{url}/metrics")
+    watching.end(signal.SIGKILL)
+    until(lambda: refused(url))
+
+
+def test_a_page_for_others_needs_tokens(
+    tmp_path: Path, archive: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    put(tmp_path / "in", 1)
+    words = ["watch", str(tmp_path / "in"), "--bundle", str(archive), "--ok", OK]
+    asked = [*words, "--state", str(tmp_path / "state"), "--page", "0.0.0.0:0"]
+    assert fieldfit(asked) == 1
+    assert "--token-file" in capfd.readouterr().err
+
+
+def get(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=PATIENCE_S) as answer:
+        text: str = answer.read().decode()
+    return text
+
+
+def refused(url: str) -> bool:
+    try:
+        get(url)
+    except OSError:
+        return True
+    return False
+
+
+def until(found: Callable[[], Any]) -> Any:
+    end = time.monotonic() + PATIENCE_S
+    while not (value := found()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return value

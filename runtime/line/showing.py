@@ -229,6 +229,14 @@ class Showing:
         self._update_state = "on trial" if state.pending else "current"
 
 
+def starting(device: str) -> Condition:
+    """What there is to show until the engine is open."""
+    return Condition(
+        device=device, fieldfit=__version__, phase="starting", said="opening the engine",
+        started=datetime.datetime.now(datetime.timezone.utc),
+    )  # fmt: skip
+
+
 def degraded(steps: Sequence[Step]) -> str:
     """Why an engine that this device is made for does not run; empty if it does."""
     return "; ".join(

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from runtime.line.evidence import Evidence
     from runtime.line.health import Health
     from runtime.line.outbox import Outbox
+    from runtime.line.page.process import PageProcess
     from runtime.line.page.snapshot import Board
     from runtime.line.sending import Sending
 
@@ -59,7 +60,13 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     )  # fmt: skip
     parser.add_argument("--mqtt", metavar="URL", help="send verdicts: mqtt(s)://host/topic")
     parser.add_argument("--modbus", metavar="ADDR", help="show verdicts to a PLC: HOST:PORT")
-    parser.add_argument("--page", metavar="ADDR", help="serve a status page: HOST:PORT")
+    parser.add_argument(
+        "--page", metavar="ADDR", help="serve a status page and /metrics: HOST:PORT"
+    )
+    parser.add_argument(
+        "--token-file", type=Path, metavar="FILE",
+        help="who looks at the page must send one of these tokens, one a line",
+    )  # fmt: skip
     parser.add_argument(
         "--evidence", type=Path, metavar="FOLDER", help="keep frames there that are worth a look"
     )
@@ -120,19 +127,22 @@ def _watch(options: argparse.Namespace, state: Path, stack: ExitStack) -> int:
     from runtime.line.notify import Notifier
     from runtime.line.outbox import Outbox
     from runtime.line.page.snapshot import boot_id
-    from runtime.line.showing import Parts, Showing
+    from runtime.line.showing import Parts, Showing, starting
     from runtime.line.thermal import Cooling, read_heat
     from runtime.sources import open_source
 
     notifier = Notifier.from_environment()
     me = device(state)
     sources = [open_source(text, state=state) for text in options.sources]
+    page, board = _page(options, state, stack)
+    if board:
+        board.publish(starting(me.name))
     model = _open_model(options, state)
     stack.callback(model.close)
-    files = {source.name for source in sources if not source.live}
-    health = Health(model.bundle, files=files)
+    health = Health(model.bundle, files={s.name for s in sources if not s.live})
     inspector = Inspector(model, boot=boot_id(), ok=options.ok, checks=health)
     outbox = stack.enter_context(Outbox(state / OUTBOX, me.id))
+    evidence, sending = _evidence(options, health, stack), _sending(options, outbox, stack)
     metrics, cooling = LineMetrics(), Cooling(options.hot)
     feed = Feed(sources)
     stack.callback(feed.close)
@@ -140,23 +150,41 @@ def _watch(options: argparse.Namespace, state: Path, stack: ExitStack) -> int:
         feed, inspector, outbox, say=JsonLines(sys.stdout).write, notifier=notifier,
         metrics=metrics, cooling=cooling, read_heat=read_heat, idle=model.poll,
     )  # fmt: skip
-    evidence = _evidence(options, health, stack)
-    sending = _sending(options, outbox, stack)
     parts = Parts(
         model=model, state=state, device=me.name, feed=feed, metrics=metrics, cooling=cooling,
         heat=lambda: line.heat, inspector=inspector, health=health, outbox=outbox,
         evidence=evidence, sending=sending,
     )  # fmt: skip
-    showing = Showing(parts, notifier, board=_board(options, state), file=options.metrics)
-    line.beside += [part for part in (health, evidence, sending, showing) if part]
+    showing = Showing(parts, notifier, board=board, file=options.metrics)
+    line.beside += [part for part in (health, evidence, sending, showing, page) if part]
     with _stopped_by_signals(line.stop):
         notifier.ready(showing.status())
         line.run()
     notifier.stopping()
     showing.end("the sources ended" if feed.ended else "it was stopped")
-    print(f"fieldfit: {sentence(metrics.results, sum(feed.dropped().values()))}", file=sys.stderr)
+    _tell(sentence(metrics.results, sum(feed.dropped().values())))
     print(f"next: {_next_step(options, outbox)}", file=sys.stderr)
     return 0
+
+
+def _page(
+    options: argparse.Namespace, state: Path, stack: ExitStack
+) -> "tuple[PageProcess | None, Board | None]":
+    if options.page is None:
+        return None, None
+    from runtime.line.page.process import PageProcess
+    from runtime.line.page.server import Address
+    from runtime.line.page.snapshot import Board, board_folder
+    from runtime.serving.access import Tokens, check_exposure
+
+    file = options.token_file
+    tokens = Tokens.read(file) if file else None
+    check_exposure(Address.parse(options.page).host, tokens, None, option="--page")
+    page = PageProcess(state, options.page, _tell, token_file=file and file.absolute())
+    stack.callback(page.close)
+    board = Board(board_folder(state))
+    page.tick()
+    return page, board
 
 
 def _evidence(options: argparse.Namespace, health: "Health", stack: ExitStack) -> "Evidence | None":
@@ -175,12 +203,6 @@ def _sending(options: argparse.Namespace, outbox: "Outbox", stack: ExitStack) ->
 
     sender = stack.enter_context(Sender(outbox, options.mqtt))
     return Sending(sender, options.mqtt)
-
-
-def _board(options: argparse.Namespace, state: Path) -> "Board | None":
-    from runtime.line.page.snapshot import Board, board_folder
-
-    return Board(board_folder(state)) if options.page else None
 
 
 def _next_step(options: argparse.Namespace, outbox: "Outbox") -> str:
@@ -226,6 +248,10 @@ def _stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _tell(sentence: str) -> None:
+    print(f"fieldfit: {sentence}", file=sys.stderr, flush=True)
 
 
 def _celsius(text: str) -> float:
