@@ -31,6 +31,7 @@ FROZEN_AFTER = 3
 _FROZEN = 0.1
 _CLIPPED = 2
 _FLAT_SIDE = 4
+_NOTHING = 1.5
 
 
 class Flag(NamedTuple):
@@ -192,7 +193,7 @@ def look(image: UInt8, before: UInt8 | None, limits: Mapping[str, Limits]) -> tu
         if fault.statistic in limits
         and (flag := _judge(fault, values[fault.statistic], limits[fault.statistic]))
     ]
-    flags = _black(flags, values["brightness"]) or flags
+    flags = _black(flags, values) or flags
     if before is not None and (frozen := _frozen(image, before, limits)):
         flags.append(frozen)
     return tuple(sorted(flags, key=lambda flag: not flag.alarms))
@@ -211,17 +212,17 @@ def _judge(fault: _Fault, value: float, limits: Limits) -> Flag | None:
     return Flag(fault.word, sentence, value, usual, alarms)
 
 
-def _black(flags: list[Flag], brightness: float) -> list[Flag]:
-    """One flag for a frame that is dark and shows nothing, instead of all that follows from it."""
-    found = {flag.word: flag for flag in flags}
-    if not {"dark", "low-contrast"} <= set(found):
+def _black(flags: list[Flag], values: Mapping[str, float]) -> list[Flag]:
+    """One flag for a dark frame with nothing but noise on it, instead of all that follows."""
+    dark = next((flag for flag in flags if flag.word == "dark"), None)
+    contrast, noise = values["contrast"], values["noise"]
+    if dark is None or contrast > _NOTHING * noise + 1.0:
         return []
-    contrast = found["low-contrast"]
     sentence = (
-        f"black: mean level {brightness:.1f}, usual is at least {found['dark'].limit:.1f}; "
-        f"contrast {contrast.value:.1f}, usual is at least {contrast.limit:.1f}"
+        f"black: mean level {dark.value:.1f}, usual is at least {dark.limit:.1f}, and a contrast "
+        f"of {contrast:.1f} levels, which is no more than noise"
     )
-    return [Flag("black", sentence, brightness, found["dark"].limit, True)]
+    return [Flag("black", sentence, dark.value, dark.limit, True)]
 
 
 def _frozen(image: UInt8, before: UInt8, limits: Mapping[str, Limits]) -> Flag | None:
