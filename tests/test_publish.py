@@ -275,6 +275,16 @@ def test_a_channel_has_a_plain_name(site: Site, says: Says, channel: str) -> Non
     assert site.tree() == before
 
 
+def test_a_mistyped_channel_is_a_new_one_and_that_is_said(site: Site, says: Says) -> None:
+    site.publish("1.0", channel="line1")
+    site.publish("1.0", channel="line2")
+    says()
+    assert site.publish("1.1", "--dry-run", channel="lin1") == 0
+    assert "channel lin1: is new; so far there are line1, line2" in says()
+    assert site.publish("1.1", channel="line1") == 0
+    assert "is new" not in says()
+
+
 def test_promotion_signs_the_same_digest_again(site: Site, says: Says) -> None:
     site.publish("1.0", channel="canary")
     assert site.run("promote", "--from", "canary", "--to", "line", "--cohort", "20") == 0

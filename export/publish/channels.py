@@ -212,8 +212,11 @@ def _offer(
     top = max(highest(repository, channel), release.version, key=version_key)
     targets.targets[document.path].unrecognized_fields["custom"] = {HIGHEST: top}
     was = "nothing" if before is None else _words(before)
+    news = [f"channel {channel}: {was} -> {_words(offer)}"]
+    if before is None and (others := repository.channels()):
+        news.append(f"channel {channel}: is new; so far there are {', '.join(others)}")
     return Plan(
-        (f"channel {channel}: {was} -> {_words(offer)}",),
+        tuple(news),
         tuple(
             one._replace(path=place(target_file(path, one))) for path, one in sorted(files.items())
         ),
