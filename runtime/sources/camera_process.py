@@ -1,0 +1,111 @@
+"""``python -m runtime.sources.camera_process``: reads one camera, and dies with its parent.
+
+Whatever a driver or decoder does, it does to this process alone: the parent ends it and starts
+another. In: one line of JSON, and a byte for each frame that was taken of a source that can wait.
+Out: frames in shared memory, a byte for each on stdout, why it ended on stderr. It knows no line
+and no verdict.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+
+import msgspec
+
+from runtime.errors import DataError
+from runtime.sources.address import Address
+from runtime.sources.frame_ring import PLACES, RingWriter
+from runtime.sources.grabber import Grabbed, Grabber
+
+FRAME, ALIVE, OPENED = b"f", b"a", b"o"
+"""What the bytes on stdout say."""
+
+_SET_PARENT_DEATH_SIGNAL = 1
+_OUT = 1
+
+
+class Task(msgspec.Struct, frozen=True, kw_only=True):
+    """What the parent asks for."""
+
+    address: Address
+    memory: int
+    """Descriptor of the shared memory."""
+    parent: int
+    waits: bool
+    """Whether no frame may be lost: then it goes on only as frames are taken."""
+
+
+def main() -> int:
+    """0 at the end of a file, 1 if there are no frames any more; stderr says why."""
+    with open(0, "rb", buffering=0, closefd=False) as line:  # and not a byte more than that line
+        task = msgspec.json.decode(line.readline(), type=Task)
+    _die_with(task.parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
+    os.set_blocking(_OUT, False)
+    try:
+        grabber = _open(task.address)
+        try:
+            _send(grabber, RingWriter(task.memory, grabber.shape, waits=task.waits), task.waits)
+        finally:
+            grabber.close()
+    except DataError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 1
+    return 0
+
+
+def _open(address: Address) -> Grabber:
+    if address.kind == "aravis":
+        from runtime.sources.aravis_grabber import AravisGrabber
+
+        return AravisGrabber(address)
+    # What FFmpeg says of every broken packet would fill the journal.
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+    from runtime.sources.opencv_grabber import OpenCVGrabber
+
+    return OpenCVGrabber(address)
+
+
+def _send(grabber: Grabber, ring: RingWriter, waits: bool) -> None:
+    _say(OPENED)
+    room = PLACES - 1
+    while grabbed := grabber.grab():
+        if grabbed.alive:
+            _say(ALIVE)
+            continue
+        while waits and not room:
+            taken = os.read(0, 64)
+            if not taken:
+                return
+            room += len(taken)
+        room -= 1
+        _put(grabber, ring, grabbed)
+        _say(FRAME)
+
+
+def _put(grabber: Grabber, ring: RingWriter, grabbed: Grabbed) -> None:
+    ring.number += grabbed.skipped
+    with ring.place(grabbed.time, grabbed.monotonic, fault=grabbed.fault) as place:
+        if not grabbed.fault:
+            grabber.retrieve(place)
+
+
+def _say(word: bytes) -> None:
+    with contextlib.suppress(BlockingIOError):  # then the parent has thousands to read already
+        os.write(_OUT, word)
+
+
+def _die_with(parent: int) -> None:
+    """However the parent ends, SIGKILL included, and even while this process is stopped."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:  # it has ended before it could be asked for
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
