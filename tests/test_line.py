@@ -313,6 +313,30 @@ def test_stop_ends_after_the_frame_in_hand(classifier: Classifier, outbox: Outbo
     assert len(kept(outbox)) == 5
 
 
+def test_an_engine_that_fails_three_times_in_a_row_silences_watchdog_and_heartbeat(
+    classifier: Classifier, outbox: Outbox
+) -> None:
+    model, beats = Failing(classifier), list[int]()
+
+    class Failed:
+        def judged(self, frame: Frame, inspected: Inspected, said: Finding) -> None:
+            model.error = EngineError("it fell over") if 1 <= int(frame.id) < 5 else None
+
+        def tick(self) -> None:
+            pass
+
+    bench: Bench = Bench(
+        Feed([Listed("cam", [frame(n) for n in range(8)])]), inspector(model), outbox,
+        beat=lambda: beats.append(len(bench.said)),
+    )  # fmt: skip
+    bench.line.beside.append(Failed())
+    bench.line.run()
+    assert [word == "NOT INSPECTED" for word in bench.verdicts()] == [
+        n in range(2, 6) for n in range(8)
+    ]
+    assert beats == [1, 2, 3, 4, 7, 8], "nothing after the third and fourth failure"
+
+
 def test_what_hangs_on_the_loop_may_fail(
     classifier: Classifier, outbox: Outbox, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -467,7 +491,7 @@ def test_it_never_works_less_than_an_eighth_and_always_shows_that_it_is_alive() 
     for now in range(0, 1000, 10):
         cooling.observe(Heat({"GPU": 99.0}, ("gpu-throttle-alert",)), float(now))
     assert cooling.share == 1 / 8
-    assert cooling.rest_s(30.0) == 1.0
+    assert cooling.rest_s(30.0) == 0.5
     assert "gpu-throttle-alert is active" in cooling.reason
 
 

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.parse
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -396,6 +397,62 @@ def test_a_page_for_others_needs_tokens(
     assert "--token-file" in capfd.readouterr().err
 
 
+def test_verdicts_reach_a_broker_and_a_plc(
+    tmp_path: Path, archive: Path, start: Start, broker: int
+) -> None:
+    from pymodbus.client import ModbusTcpClient
+
+    inbox, plc_port = tmp_path / "in", free_port()
+    got = subprocess.Popen(
+        ["mosquitto_sub", "-p", str(broker), "-t", "line/#", "-q", "1", "-C", "3"],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for number in range(2):
+        put(inbox, number)
+    watching = start(
+        f"watch:{inbox}", "--bundle", archive, "--ok", OK,
+        "--mqtt", f"mqtt://127.0.0.1:{broker}/line", "--modbus", plc_port,
+    )  # fmt: skip
+    lines = watching.lines(2)
+    put(inbox, 2).write_bytes(b"no picture")
+    lines += watching.lines(1)
+    sent, _ = got.communicate(timeout=PATIENCE_S)
+    assert [json.loads(line) for line in sent.splitlines()] == lines
+    until(lambda: not watching.kept())
+    until(lambda: not refused(f"tcp://127.0.0.1:{plc_port}"))
+    with ModbusTcpClient("127.0.0.1", port=plc_port) as client:
+
+        def registers() -> list[int]:
+            read: list[int] = client.read_holding_registers(0, count=6).registers
+            return read if read[5] == 3 else []
+
+        _, verdict, state, *_ = until(registers)
+        assert (verdict, state) == (0, 3), "NOT INSPECTED, and that is a fault"
+    assert watching.end(signal.SIGTERM)[0] == 0
+    assert watching.said().splitlines()[-1] == "next: fieldfit service install, to keep it running"
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[int]:
+    if shutil.which("mosquitto") is None or shutil.which("mosquitto_sub") is None:
+        pytest.skip("no broker here: apt install mosquitto mosquitto-clients")
+    port = free_port()
+    settings = tmp_path / "mosquitto.conf"
+    settings.write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\npersistence false\n")
+    process = subprocess.Popen(["mosquitto", "-c", settings], stderr=subprocess.DEVNULL)
+    until(lambda: not refused(f"tcp://127.0.0.1:{port}"))
+    yield port
+    process.terminate()
+    process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
+
+
 def get(url: str) -> str:
     with urllib.request.urlopen(url, timeout=PATIENCE_S) as answer:
         text: str = answer.read().decode()
@@ -403,11 +460,9 @@ def get(url: str) -> str:
 
 
 def refused(url: str) -> bool:
-    try:
-        get(url)
-    except OSError:
-        return True
-    return False
+    place = urllib.parse.urlsplit(url)
+    with socket.socket() as attempt:
+        return attempt.connect_ex((place.hostname, place.port)) != 0
 
 
 def until(found: Callable[[], Any]) -> Any:

@@ -60,8 +60,8 @@ class Line:
     """Frames of ``feed`` through ``inspector`` into ``records``.
 
     ``say`` is told what is said of each, a ``Verdict`` unless the disk refused it. ``idle`` is
-    called while there is no frame. ``read_heat`` asks the sensors; ``clock`` is monotonic, ``rest``
-    sleeps.
+    called while there is no frame, ``beat`` each time round as long as the engine works.
+    ``read_heat`` asks the sensors; ``clock`` is monotonic, ``rest`` sleeps.
     """
 
     def __init__(
@@ -76,13 +76,14 @@ class Line:
         cooling: Cooling,
         read_heat: Callable[[], Heat],
         idle: Callable[[], object] = lambda: None,
+        beat: Callable[[], object] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         rest: Callable[[float], object] = time.sleep,
     ) -> None:
         self._feed, self._inspector, self._records = feed, inspector, records
         self._say, self._notifier, self._metrics = say, notifier, metrics
         self._cooling, self._read_heat = cooling, read_heat
-        self._idle, self._clock, self._rest = idle, clock, rest
+        self._idle, self._beat, self._clock, self._rest = idle, beat, clock, rest
         self._stopping = False
         self._failures = 0
         self._tick_at = self._heat_at = float("-inf")
@@ -108,6 +109,7 @@ class Line:
                 self._rest(self._cooling.rest_s(self._clock() - start))
             if self._failures < _IN_A_ROW:
                 self._notifier.alive()
+                self._guarded("beat", self._beat)
         self._tick(last=True)
 
     def _inspect(self, taken: Taken) -> None:

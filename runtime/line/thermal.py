@@ -22,8 +22,8 @@ _LONGER_S, _SHORTER_S = 30.0, 10.0
 _LEAST = 1 / 8
 """Never less: a device that inspects nothing tells nobody that it is hot."""
 
-_REST_S = 1.0
-"""Longest rest between two frames: the loop has to show that it is alive."""
+_REST_S = 0.5
+"""Longest rest between two frames: the loop has to show that it is alive, to a PLC each second."""
 
 
 class Heat(NamedTuple):

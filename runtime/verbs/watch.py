@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from runtime.line.outbox import Outbox
     from runtime.line.page.process import PageProcess
     from runtime.line.page.snapshot import Board
-    from runtime.line.sending import Sending
+    from runtime.line.sending import Plc, Sending
 
 OUTBOX, LOCK = "outbox.db", "watch.lock"
 
@@ -59,7 +59,7 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         "what the bundle says",
     )  # fmt: skip
     parser.add_argument("--mqtt", metavar="URL", help="send verdicts: mqtt(s)://host/topic")
-    parser.add_argument("--modbus", metavar="ADDR", help="show verdicts to a PLC: HOST:PORT")
+    parser.add_argument("--modbus", metavar="ADDR", help="show verdicts to a PLC: [HOST:]PORT")
     parser.add_argument(
         "--page", metavar="ADDR", help="serve a status page and /metrics: HOST:PORT"
     )
@@ -143,12 +143,14 @@ def _watch(options: argparse.Namespace, state: Path, stack: ExitStack) -> int:
     inspector = Inspector(model, boot=boot_id(), ok=options.ok, checks=health)
     outbox = stack.enter_context(Outbox(state / OUTBOX, me.id))
     evidence, sending = _evidence(options, health, stack), _sending(options, outbox, stack)
+    plc = _plc(options, model.bundle.manifest.labels, stack)
     metrics, cooling = LineMetrics(), Cooling(options.hot)
     feed = Feed(sources)
     stack.callback(feed.close)
     line = Line(
         feed, inspector, outbox, say=JsonLines(sys.stdout).write, notifier=notifier,
         metrics=metrics, cooling=cooling, read_heat=read_heat, idle=model.poll,
+        beat=plc.beat if plc else _nothing,
     )  # fmt: skip
     parts = Parts(
         model=model, state=state, device=me.name, feed=feed, metrics=metrics, cooling=cooling,
@@ -156,7 +158,7 @@ def _watch(options: argparse.Namespace, state: Path, stack: ExitStack) -> int:
         evidence=evidence, sending=sending,
     )  # fmt: skip
     showing = Showing(parts, notifier, board=board, file=options.metrics)
-    line.beside += [part for part in (health, evidence, sending, showing, page) if part]
+    line.beside += [part for part in (plc, health, evidence, sending, showing, page) if part]
     with _stopped_by_signals(line.stop):
         notifier.ready(showing.status())
         line.run()
@@ -205,6 +207,15 @@ def _sending(options: argparse.Namespace, outbox: "Outbox", stack: ExitStack) ->
     return Sending(sender, options.mqtt)
 
 
+def _plc(options: argparse.Namespace, labels: Sequence[str], stack: ExitStack) -> "Plc | None":
+    if options.modbus is None:
+        return None
+    from runtime.line.modbus import Registers
+    from runtime.line.sending import Plc
+
+    return Plc(stack.enter_context(Registers(labels, options.modbus)))
+
+
 def _next_step(options: argparse.Namespace, outbox: "Outbox") -> str:
     """The one thing that leads on from here."""
     if outbox.rows and not options.mqtt:
@@ -248,6 +259,10 @@ def _stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _tell(sentence: str) -> None:
