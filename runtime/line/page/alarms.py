@@ -121,10 +121,12 @@ def _flags(snapshot: Snapshot) -> Iterator[Alarm]:
 
 
 def _drift(snapshot: Snapshot) -> Iterator[Alarm]:
-    for drift in snapshot.drift or ():
-        if drift.drifted:
-            why = drift.sentence or f"p = {drift.p_value:.2g}"
-            yield Alarm("attention", f"Drift of {drift.of}: {why}")
+    drifted = [drift for drift in snapshot.drift or () if drift.drifted]
+    if drifted:
+        what = ", ".join(drift.of for drift in drifted)
+        least = min(drift.p_value for drift in drifted)
+        why = drifted[0].sentence or f"p = {least:.2g}"
+        yield Alarm("attention", f"Drift of {what}: {why}")
 
 
 def _model(snapshot: Snapshot) -> Iterator[Alarm]:

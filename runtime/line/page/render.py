@@ -89,8 +89,11 @@ def _banner(standing: Standing) -> Element:
     ]
     return el(
         "section", {"class": f"banner {standing.level}", "role": "status", "aria-label": "State"},
-        el("p", {"class": "word"}, _icon(standing.level), el("strong", None, standing.word)),
-        el("p", {"class": "sentence"}, standing.sentence),
+        el(
+            "div", {"class": "state"},
+            el("p", {"class": "word"}, _icon(standing.level), el("strong", None, standing.word)),
+            el("p", {"class": "sentence"}, standing.sentence),
+        ),
         el("ul", {"class": "alarms"}, *alarms) if alarms else None,
     )  # fmt: skip
 
@@ -99,18 +102,18 @@ def _body(snapshot: Snapshot, standing: Standing) -> Element:
     return el(
         "div", {"class": "body"},
         _verdicts(snapshot, standing),
-        _frames("notable", "Latest that were not OK", snapshot.notable,
-                "Every frame was OK so far."),
-        _frames("recent", "Latest frames", snapshot.recent, "No frame has been judged yet."),
         el(
-            "div", {"class": "panels"},
-            _cameras(snapshot),
-            _speed(snapshot),
-            _health(snapshot),
-            _drift(snapshot.drift, snapshot.drift_fill),
-            _engine(snapshot),
-            _machine(snapshot),
-            _results(snapshot),
+            "div", {"class": "pair"},
+            _frames("notable", "Latest that were not OK", snapshot.notable,
+                    "Every frame was OK so far."),
+            _frames("recent", "Latest frames", snapshot.recent, "No frame has been judged yet."),
+        ),
+        el(
+            "div", {"class": "pair"},
+            el("div", {"class": "stack"}, _cameras(snapshot), _speed(snapshot), _health(snapshot),
+               _drift(snapshot.drift, snapshot.drift_fill)),
+            el("div", {"class": "stack"}, _engine(snapshot), _machine(snapshot),
+               _results(snapshot)),
         ),
     )  # fmt: skip
 
@@ -141,10 +144,10 @@ def _newest(snapshot: Snapshot, standing: Standing) -> Element:
     frame = snapshot.recent[0]
     return el(
         "div", {"class": f"newest {_slug(frame.verdict)}"},
+        el("p", {"class": "big"}, _icon(frame.verdict), el("span", None, frame.verdict)),
         _picture(frame),
         el(
             "div", {"class": "said"},
-            el("p", {"class": "big"}, _icon(frame.verdict), el("span", None, frame.verdict)),
             el("p", {"class": "label"}, _label(frame) or UNKNOWN),
             el("p", {"class": "why"}, frame.reason),
             el("p", {"class": "soft"}, f"{_clock(frame.time)} · {frame.source}"),
@@ -470,14 +473,21 @@ def _panel(name: str, title: str, *children: Child) -> Element:
 def _table(heads: Sequence[str], rows: Sequence[Sequence[Child]], none: str) -> Element:
     if not rows:
         return el("p", {"class": "soft"}, none)
-    top = [el("th", {"scope": "col"}, head) for head in heads]
+    top = [el("th", {"role": "columnheader", "scope": "col"}, head) for head in heads]
     body = [
-        el("tr", None, el("th", {"scope": "row"}, row[0]), *(el("td", None, c) for c in row[1:]))
+        el(
+            "tr", {"role": "row"},
+            el("th", {"role": "rowheader", "scope": "row"}, row[0]),
+            *(el("td", {"role": "cell", "data-label": head}, cell)
+              for head, cell in zip(heads[1:], row[1:], strict=True)),
+        )
         for row in rows
-    ]
+    ]  # fmt: skip
+    # Roles are spelled out because a table that is shown as cards loses them (CSS display, ARIA).
     return el(
-        "div", {"class": "scroll"},
-        el("table", None, el("thead", None, el("tr", None, *top)), el("tbody", None, *body)),
+        "table", {"role": "table"},
+        el("thead", {"role": "rowgroup"}, el("tr", {"role": "row"}, *top)),
+        el("tbody", {"role": "rowgroup"}, *body),
     )  # fmt: skip
 
 

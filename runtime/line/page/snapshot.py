@@ -23,9 +23,6 @@ from runtime.line.verdict import Finding, Word
 
 UInt8 = npt.NDArray[np.uint8]
 
-FORMAT = 1
-"""A page of another format says so rather than show half of it."""
-
 SNAPSHOT, METRICS, PICTURES = "snapshot.json", "metrics.prom", "thumbnails"
 
 EVERY_S = 1.0
@@ -183,7 +180,6 @@ class Condition(msgspec.Struct, frozen=True, kw_only=True):
 class Snapshot(Condition, frozen=True, kw_only=True):
     """All that a page shows: the loop's condition, and what its verdicts add up to."""
 
-    format: int = FORMAT
     time: datetime.datetime
     monotonic: float
     boot: str
