@@ -32,7 +32,7 @@ def write_selective_risk(path: Path, abstention: Abstention) -> None:
             [point.bound for point in abstention.curve],
             "--",
             color=SKY,
-            label=f"at most, with {CONFIDENCE:.0%} confidence over the whole search",
+            label=f"at most, with {CONFIDENCE:.0%} confidence over all candidates",
         )
         if abstention.max_error is not None:
             panel.axhline(abstention.max_error, color=ORANGE, lw=1.5, label="allowed")
