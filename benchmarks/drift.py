@@ -119,7 +119,7 @@ def _field(bundle: Bundle, dataset: Dataset, form: str, engine: OnnxRuntimeEngin
             f"{bundle.path}: expected {2 * WINDOW} held-out images beside it, got {len(held_out)}"
         )
     with OnnxRuntimeEngine(bundle.model("fp32"), form="fp32", threads=1) as exact:
-        spaced = train[:: -(-len(train) // FIT)]
+        spaced = np.ascontiguousarray(train[:: -(-len(train) // FIT)])
         projection = fit_projection(_ask(exact, spaced).features)
         answers = {"fp32": _ask(exact, held_out)}
     answers[form] = _ask(engine, held_out)

@@ -15,7 +15,7 @@ from runtime.monitoring.image_quality import (
     look,
     measure,
 )
-from tests.conftest import draw
+from tests.conftest import ROOT, draw
 
 SIDE = 96
 
@@ -82,6 +82,12 @@ def dead_row(image: np.ndarray) -> np.ndarray:
     image = image.copy()
     image[31] = 255
     return image
+
+
+FAULTS = (
+    black, white, underexposed, overexposed, hazy, out_of_focus, noisy, half_gray,
+    rows_of_blocks_lost, dead_row,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -231,3 +237,11 @@ def test_statistics_without_limits_are_passed_over() -> None:
     """Those of a bundle from before they were measured."""
     known = {"brightness": LIMITS["brightness"]}
     assert {flag.word for flag in look(white(frame(0)), None, known)} == {"bright"}
+
+
+def test_the_page_tells_of_every_flag() -> None:
+    page = (ROOT / "docs" / "health.md").read_text()
+    spoilt = [spoil(frame(0)) for spoil in FAULTS]
+    found = {flag.word for image in spoilt for flag in look(image, None, LIMITS)}
+    for word in found | {"frozen"}:
+        assert f"`{word}`" in page
