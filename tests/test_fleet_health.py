@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from runtime.delivery.fleet_health import healthy_canaries, judge, span
-from runtime.delivery.status_document import BundleStatus, PassedOver, SlotStatus, Status
+from runtime.delivery.status_document import BundleStatus, Drift, PassedOver, SlotStatus, Status
 from tests.signed_devices import NOW, SHA, ago, healthy, moment
 
 DAY = datetime.timedelta(days=1)
@@ -27,6 +27,11 @@ def changed(part: str, **changes: Any) -> Status:
 def passed_over(fault: str) -> Status:
     step = PassedOver(candidate="tensorrt, int8", fault=fault, reason="so")
     return changed("engine", passed_over=(step,), required=None)
+
+
+def drift(p_value: float) -> Drift:
+    sentence = "score of good moved from 0.9 to 0.5"
+    return Drift(p_value=p_value, threshold=5e-4, window=200, sentence=sentence)
 
 
 BROKEN = "solar 1.3.0 (cdcdcdcdcdcd): NaN"
@@ -58,6 +63,7 @@ CASES = [
         "cdcdcdcdcdcd is on trial, 2 tries left",
     ),
     (changed("slots", failure=BROKEN, failed=ago(hours=1)), "failing", f"gave up {BROKEN}"),
+    (healthy(drift=drift(1e-5)), "attention", "drifts: score of good moved"),
     (
         changed("update", expires={"timestamp": ago(days=2)}), "failing",
         "its timestamp metadata expired 2 days ago: it takes no update",
@@ -94,8 +100,17 @@ def test_what_is_wrong_is_said(status: Status, level: str, reason: str) -> None:
         changed("update", expires={"root": NOW + 31 * DAY, "timestamp": NOW + 4 * DAY}),
         changed("moment", seen=ago(minutes=-3)),
         healthy(update=None, slots=None),
+        healthy(drift=drift(0.3)),
     ],
-    ids=["no library", "no gpu", "failed before its commit", "expires later", "slack", "no facts"],
+    ids=[
+        "no library",
+        "no gpu",
+        "failed before its commit",
+        "expires later",
+        "slack",
+        "no facts",
+        "no drift",
+    ],
 )
 def test_what_is_as_it_should_be_is_no_reason(status: Status) -> None:
     assert judge(status, NOW).level == "healthy"

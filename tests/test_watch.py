@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -118,7 +119,7 @@ class Watching:
             "--threads", "1",
         ]  # fmt: skip
         self.process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=self.errors,
+            command, cwd=folder, stdout=subprocess.PIPE, stderr=self.errors,
             env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
         )  # fmt: skip
 
@@ -387,6 +388,29 @@ def test_a_page_shows_the_line_from_a_process_of_its_own_that_ends_with_it(
     until(lambda: refused(url))
 
 
+def test_the_commands_of_the_page_run(
+    tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """docs/line.md, as written, in a folder where the bundle is where it says."""
+    page = (ROOT / "docs" / "line.md").read_text()
+    blocks = re.findall(r"```sh\n(.*?)```", page, re.DOTALL)
+    commands = [shlex.split(line, comments=True)[1:] for line in "".join(blocks).splitlines()]
+    assert [words[0] for words in commands] == ["watch", "service", "service", "service"]
+    (tmp_path / "build" / "solar").mkdir(parents=True)
+    archive = model_zip(tmp_path, "1", labels=("functional", "defective", "c", "d"))
+    archive.rename(tmp_path / "build" / "solar" / "bundle")
+    put(tmp_path / "inbox", 1)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    for words in commands:
+        if words[0] == "watch":
+            watching = start(*words[1:])
+            assert watching.lines(1)[0]["verdict"] in ("OK", "DEFECT")
+            assert watching.end(signal.SIGTERM)[0] == 0
+        else:
+            assert fieldfit(words) == 0
+
+
 def test_a_page_for_others_needs_tokens(
     tmp_path: Path, archive: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -404,7 +428,7 @@ def test_verdicts_reach_a_broker_and_a_plc(
 
     inbox, plc_port = tmp_path / "in", free_port()
     got = subprocess.Popen(
-        ["mosquitto_sub", "-p", str(broker), "-t", "line/#", "-q", "1", "-C", "3"],
+        ["mosquitto_sub", "-p", str(broker), "-t", "line/+/results", "-q", "1", "-C", "3"],
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     for number in range(2):

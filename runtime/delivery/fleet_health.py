@@ -57,6 +57,7 @@ def judge(
         *_age(status, now, expected),
         *_bundle(status),
         *_engine(status),
+        *_drift(status),
         *_update(status, now),
         *_machine(status),
     ]
@@ -168,6 +169,11 @@ def _engine(status: Status) -> list[_Finding]:
         for step in engine.passed_over
         if step.fault not in NOT_EQUIPPED
     ]
+
+
+def _drift(status: Status) -> list[_Finding]:
+    drift = status.drift
+    return [("attention", f"drifts: {drift.sentence}")] if drift and drift.drifted else []
 
 
 def _update(status: Status, now: datetime.datetime) -> list[_Finding]:

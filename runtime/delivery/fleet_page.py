@@ -15,7 +15,7 @@ from runtime.delivery.fleet import Fleet, Row
 from runtime.delivery.fleet_health import LEVELS, Level, span
 from runtime.delivery.status_document import Status
 
-COLUMNS = ("device", "health", "bundle", "engine", "last seen", "expires")
+COLUMNS = ("device", "health", "bundle", "engine", "drift", "last seen", "expires")
 
 _SIGNS: dict[Level, str] = {"failing": "✕", "unknown": "?", "attention": "!", "healthy": "✓"}
 
@@ -24,9 +24,10 @@ def cells(row: Row, now: datetime.datetime) -> tuple[str, ...]:
     """The row's texts, in the order of COLUMNS and without its reasons."""
     status = row.status
     who = f"{row.name} ({row.device[:8]})" if row.name else f"refused: {row.device}"
-    facts = ("–",) * 4
+    facts = ["–"] * (len(COLUMNS) - 2)
     if status is not None:
-        facts = (_bundle(status), _engine(status), _age(status, now), _expires(status, now))
+        facts = [_bundle(status), _engine(status), _drift(status)]
+        facts += [_age(status, now), _expires(status, now)]
     return tuple(map(printable, (who, row.health.level, *facts)))
 
 
@@ -93,6 +94,12 @@ def _bundle(status: Status) -> str:
 def _engine(status: Status) -> str:
     engine = status.engine
     return f"{engine.name} {engine.version} {engine.provider}, {engine.form}" if engine else "–"
+
+
+def _drift(status: Status) -> str:
+    if status.drift is None:
+        return "–"
+    return f"{'yes' if status.drift.drifted else 'no'} (p {status.drift.p_value:.2g})"
 
 
 def _age(status: Status, now: datetime.datetime) -> str:

@@ -140,9 +140,18 @@ class Drift(
     """How far inputs and answers have moved from the bundle's reference."""
 
     p_value: Annotated[float, msgspec.Meta(ge=0, le=1)]
-    """Of the window's two-sample test."""
+    """The smallest of the last window's two-sample tests."""
+    threshold: Annotated[float, msgspec.Meta(ge=0, le=1)]
+    """Below it the window has drifted."""
     window: Count
     """Answers that it is of."""
+    sentence: Text
+    """What moved, or that nothing did."""
+
+    @property
+    def drifted(self) -> bool:
+        """Whether the window is unlike the bundle's reference."""
+        return self.p_value < self.threshold
 
 
 class Status(

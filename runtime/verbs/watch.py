@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from runtime import atomic
 from runtime.delivery.slots import default_folder
-from runtime.errors import EngineError
+from runtime.errors import EngineError, FleetError
 from runtime.private_files import Lock
 from runtime.sources import address
 from runtime.verbs.options import add_engine_options, add_state_option, add_verb, request
@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from runtime.delivery.live import LiveClassifier
     from runtime.line.evidence import Evidence
     from runtime.line.health import Health
+    from runtime.line.line_metrics import LineMetrics
     from runtime.line.outbox import Outbox
     from runtime.line.page.process import PageProcess
     from runtime.line.page.snapshot import Board
+    from runtime.line.reporting import Reporting
     from runtime.line.sending import Plc, Sending
 
 OUTBOX, LOCK = "outbox.db", "watch.lock"
@@ -158,7 +160,9 @@ def _watch(options: argparse.Namespace, state: Path, stack: ExitStack) -> int:
         evidence=evidence, sending=sending,
     )  # fmt: skip
     showing = Showing(parts, notifier, board=board, file=options.metrics)
-    line.beside += [part for part in (plc, health, evidence, sending, showing, page) if part]
+    reporting = _reporting(options, state, outbox, health, metrics)
+    beside = (plc, health, evidence, sending, showing, page, reporting)
+    line.beside += [part for part in beside if part]
     with _stopped_by_signals(line.stop):
         notifier.ready(showing.status())
         line.run()
@@ -205,6 +209,28 @@ def _sending(options: argparse.Namespace, outbox: "Outbox", stack: ExitStack) ->
 
     sender = stack.enter_context(Sender(outbox, options.mqtt))
     return Sending(sender, options.mqtt)
+
+
+def _reporting(
+    options: argparse.Namespace,
+    state: Path,
+    outbox: "Outbox",
+    health: "Health",
+    metrics: "LineMetrics",
+) -> "Reporting | None":
+    """A status of the device goes along with the records, where it can be signed."""
+    if options.mqtt is None:
+        return None
+    from runtime.line.reporting import Reporting
+
+    def counted() -> dict[str, int]:
+        return {str(word): count for word, count in metrics.results.items()}
+
+    try:
+        return Reporting(state, outbox, drift=lambda: health.report, counted=counted)
+    except FleetError as error:
+        _tell(f"records are sent, and no status of this device: {error}")
+        return None
 
 
 def _plc(options: argparse.Namespace, labels: Sequence[str], stack: ExitStack) -> "Plc | None":
