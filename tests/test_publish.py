@@ -22,6 +22,7 @@ from tuf.api.exceptions import DownloadHTTPError, RepositoryError
 from tuf.api.metadata import Metadata, Timestamp
 from tuf.ngclient import FetcherInterface, Updater
 
+from benchmarks.broker import Broker
 from export.__main__ import main
 from export.publish.channels import publish
 from export.publish.keys import PASSPHRASE, Ring, passphrases, read_public
@@ -29,12 +30,14 @@ from export.publish.options import now
 from export.publish.publication import expiring, renew, why_renew
 from export.publish.repository import Repository, write
 from runtime.bundle import encode_zip
+from runtime.delivery import fleet_mqtt
+from runtime.delivery.broker import Address
 from runtime.delivery.channel import Offer, channel_path, decode
 from runtime.delivery.fleet import write_key, write_report
 from runtime.delivery.slots import Slots
 from runtime.delivery.status_document import BundleStatus, sign_status
 from runtime.delivery.update import Request, update
-from runtime.errors import ExportError
+from runtime.errors import ExportError, FleetError
 from runtime.manifest import decode as decode_manifest
 from runtime.manifest import encode as encode_manifest
 from runtime.private_files import Lock
@@ -313,8 +316,31 @@ def test_promotion_waits_for_healthy_canaries(site: Site, says: Says) -> None:
     assert "not promoted: 1 of 2 devices have run it, healthy, for 24 h" in says()
     assert site.run("promote", *words, "1") == 1
     assert "expected --fleet DIR" in says()
+    assert site.run("promote", *words, "1", "--fleet", "mqtt://127.0.0.1:1/x") == 1
+    assert "whose signature is whose? add --devices" in says()
     assert site.run("promote", *words, "1", "--fleet", fleet) == 0
     assert site.get().sha256 == offer.sha256
+
+
+def test_promotion_reads_canaries_from_a_broker(site: Site) -> None:
+    pytest.importorskip("paho.mqtt.client", reason="no paho-mqtt: pip install 'fieldfit[mqtt]'")
+    try:
+        broker = Broker(site.folder / "broker")
+    except FleetError as error:
+        pytest.skip(str(error))
+    site.publish("1.0", channel="canary")
+    fleet, device = site.folder / "fleet", new_identity(site.folder / "state")
+    write_key(fleet, device.public)
+    bundle = BundleStatus(
+        name="tiny", version="1.0", sha256=site.get(channel="canary").sha256, since=now() - 2 * DAY
+    )
+    status = healthy(device.device.id, moment=moment(seen=now()), bundle=bundle, update=None)
+    with broker:
+        place = f"{broker.url}/plant/status"
+        fleet_mqtt.publish(Address.parse(place), device.device.id, sign_status(status, device))
+        words = ("--from", "canary", "--to", "line", "--require-healthy", "1", "--fleet", place)
+        assert site.run("promote", *words, "--devices", fleet / "devices") == 0
+    assert site.get().sha256 == bundle.sha256
 
 
 def test_a_dry_run_says_what_would_change_and_changes_nothing(

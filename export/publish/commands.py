@@ -22,7 +22,7 @@ from export.publish.options import (
 from export.publish.publication import preview, renew, sign_publication, why_renew
 from export.publish.repository import Repository, locked
 from runtime.errors import ExportError
-from runtime.verbs.fleet import duration
+from runtime.verbs.fleet import duration, look
 
 Verb = Callable[[argparse.Namespace], int]
 
@@ -82,7 +82,13 @@ def _add_promote(parser: argparse.ArgumentParser) -> None:
         metavar="TIME",
         help="for this long, e.g. 90m, 24h or 7d; default 24h",
     )
-    parser.add_argument("--fleet", type=Path, metavar="DIR", help="folder of the devices' status")
+    parser.add_argument(
+        "--fleet", metavar="DIR|URL", help="the devices' status: a folder, or mqtt(s)://host/topic"
+    )
+    parser.add_argument(
+        "--devices", type=Path, metavar="DIR",
+        help="folder of the devices' keys; default DIR/devices, needed for MQTT",
+    )  # fmt: skip
     _add_offer(parser)
 
 
@@ -133,14 +139,13 @@ def _proof(
     options: argparse.Namespace, repository: Repository, moment: datetime.datetime
 ) -> tuple[str, ...]:
     """What speaks for the bundle. Raises ExportError unless it is enough."""
-    from runtime.delivery.fleet import read_fleet
     from runtime.delivery.fleet_health import healthy_canaries
 
     if options.fleet is None:
         raise ExportError("--require-healthy: expected --fleet DIR, the devices' status documents")
     offer = channels.current(repository, options.source)
     verdict = healthy_canaries(
-        read_fleet(options.fleet, moment).documents,
+        look(options.fleet, options.devices, moment)[0].documents,
         offer.sha256,
         options.require_healthy,
         options.duration,

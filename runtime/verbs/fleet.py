@@ -140,7 +140,7 @@ def _report(options: argparse.Namespace) -> int:
 def _status(options: argparse.Namespace) -> int:
     """1 unless every device is healthy."""
     now = datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0)
-    fleet, seen = _look(options, now)
+    fleet, seen = look(options.place, options.devices, now, options.expect)
     unkept = write_seen(seen, fleet.seen) if fleet.seen else ""
     if unkept:
         print(f"fieldfit: {unkept}", file=sys.stderr)
@@ -153,18 +153,28 @@ def _status(options: argparse.Namespace) -> int:
     return 0 if all(row.health.level == "healthy" for row in fleet.rows) else 1
 
 
-def _look(options: argparse.Namespace, now: datetime.datetime) -> tuple[Fleet, Path]:
-    """The fleet, and the file that remembers what was seen of it."""
-    if not _is_url(options.place):
-        folder = Path(options.place)
-        fleet = read_fleet(folder, now, expected=options.expect, devices=options.devices)
-        return fleet, (options.devices or folder / DEVICES) / SEEN
-    address = Address.parse(options.place)
-    if options.devices is None:
+def look(
+    place: str,
+    devices: Path | None,
+    now: datetime.datetime,
+    expected: datetime.timedelta = EXPECTED,
+) -> tuple[Fleet, Path]:
+    """The fleet at ``place``, a folder or an address, and the file that remembers what was seen.
+
+    ``devices`` is the folder of keys, where it is not the fleet folder's own.
+
+    Raises FleetError for what cannot be read or reached.
+    """
+    if not _is_url(place):
+        folder = Path(place)
+        fleet = read_fleet(folder, now, expected=expected, devices=devices)
+        return fleet, (devices or folder / DEVICES) / SEEN
+    address = Address.parse(place)
+    if devices is None:
         raise FleetError(f"{address}: whose signature is whose? add --devices DIR/{DEVICES}")
-    seen = options.devices / SEEN
-    keys = read_keys(options.devices)
-    return survey(collect(address), keys, read_seen(seen), now, options.expect), seen
+    seen = devices / SEEN
+    keys = read_keys(devices)
+    return survey(collect(address), keys, read_seen(seen), now, expected), seen
 
 
 def _rows(fleet: Fleet) -> list[dict[str, Any]]:
