@@ -15,6 +15,7 @@ is the raw uint8 picture that the graph takes.
    antialiased Resize, and a different resize on the device is the commonest way to lose accuracy.
 """
 
+import contextlib
 import enum
 import io
 from collections.abc import Sequence
@@ -31,11 +32,21 @@ from runtime.errors import DataError
 UInt8 = npt.NDArray[np.uint8]
 ImageLike = str | Path | bytes | Image.Image | npt.NDArray[Any]
 
-MAX_PIXELS = 89_478_485
-"""Pictures above this many pixels are refused from their header, before any memory is taken.
-
-Pillow's own limit, above which it warns: silencing that is not safe between threads.
+MAX_PIXELS = 5120 * 5120
+"""Pictures above this many pixels are refused from their header, before any memory is taken: the
+largest of the common factory cameras. None costs more than 256 MB while it is read.
 """
+
+MAX_SIDE = 65_535
+"""Longer sides are refused as well: tables of the resize, and single rows, would be that large."""
+
+MAX_SCANS = 32
+"""Passes over a JPEG. Encoders make a dozen of a progressive one; a file of under a megabyte that
+repeats its last scan would otherwise keep the decoder busy for minutes.
+"""
+
+_STRIP = 1 << 20
+"""Pixels that are converted at once, where a whole copy would double the memory."""
 
 # fmt: off
 IMAGE_SUFFIXES = frozenset({
@@ -52,6 +63,9 @@ MAX_FILE_BYTES = 512 * 1024 * 1024
 FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """What is read, whatever the file is called. Pillow knows more formats, some of which start other
 programs (EPS) or are seldom tested, and files may come from outside."""
+
+
+_START_OF_SCAN = b"\xff\xda"  # ITU-T T.81, table B.1
 
 
 _COMMON = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM")
@@ -149,7 +163,7 @@ def decode(image: ImageLike, *, window: tuple[int, int] = (0, 65535)) -> Image.I
     if isinstance(image, np.ndarray):
         return _flatten(_from_array(image, window), window, "array")
     if isinstance(image, Image.Image):
-        return _read(image, window, "PIL image")
+        return _read(image, window, "PIL image", lent=True)
     if isinstance(image, bytes):
         if not image:
             raise DataError("expected an encoded image, got 0 bytes")
@@ -180,7 +194,7 @@ def _open(source: Path | io.BytesIO, window: tuple[int, int], name: str) -> Imag
     except UnidentifiedImageError as error:
         raise DataError(f"{name}: not an image; expected one of {', '.join(FORMATS)}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"{name}: too many pixels, the limit is {MAX_PIXELS:,}") from error
+        raise DataError(f"{name}: the limit is {MAX_PIXELS:,} pixels; shrink it") from error
     except Exception as error:
         raise DataError(f"{name}: cannot be decoded: {error}") from error
     with picture:
@@ -196,24 +210,47 @@ def _identify(source: Path | io.BytesIO) -> Image.Image:
         return Image.open(source, formats=FORMATS)
 
 
-def _read(picture: Image.Image, window: tuple[int, int], name: str) -> Image.Image:
+def _read(
+    picture: Image.Image, window: tuple[int, int], name: str, *, lent: bool = False
+) -> Image.Image:
     width, height = picture.size
     if width * height > MAX_PIXELS:
-        raise DataError(f"{name}: {width}x{height} pixels, the limit is {MAX_PIXELS:,}")
+        raise DataError(f"{name}: {width}x{height} pixels, the limit is {MAX_PIXELS:,}; shrink it")
+    if max(width, height) > MAX_SIDE:
+        raise DataError(f"{name}: {width}x{height} pixels, the limit of a side is {MAX_SIDE:,}")
     if width * height == 0:
         raise DataError(f"{name}: expected a picture, got {width}x{height} pixels")
     try:
+        if picture.format in ("JPEG", "MPO") and (scans := _count_scans(picture)) > MAX_SCANS:
+            raise DataError(f"{name}: {scans:,} scans, the limit is {MAX_SCANS}; save it again")
         picture.load()
-        try:
-            upright = ImageOps.exif_transpose(picture)
-        except Exception:  # a damaged EXIF block must not cost a good picture
-            upright = picture
+        upright = picture
+        with contextlib.suppress(Exception):  # a damaged EXIF block must not cost a good picture
+            if lent:
+                upright = ImageOps.exif_transpose(picture)
+            else:
+                ImageOps.exif_transpose(picture, in_place=True)
         return _flatten(upright, window, name)
     except DataError:
         raise
     except Exception as error:
         # Decoders raise a dozen types for damaged files; all mean "this picture is broken".
         raise DataError(f"{name}: cannot be decoded: {error}") from error
+
+
+def _count_scans(picture: Image.Image) -> int:
+    """How often the decoder would go over the JPEG; its file is left where it was."""
+    stream = getattr(picture, "fp", None)
+    if stream is None:
+        return 0  # decoded already
+    here, found, last = stream.tell(), 0, b""
+    stream.seek(0)
+    while block := stream.read(1 << 16):
+        # Compressed data never holds this pair: there a zero byte follows every 0xFF.
+        found += (last + block).count(_START_OF_SCAN)
+        last = block[-1:]
+    stream.seek(here)
+    return found
 
 
 def _flatten(picture: Image.Image, window: tuple[int, int], name: str) -> Image.Image:
@@ -231,22 +268,31 @@ def _flatten(picture: Image.Image, window: tuple[int, int], name: str) -> Image.
             f"{name}: expected 8- or 16-bit pixels, got floating point; save it as 16-bit PNG"
         )
     if mode in ("1", "L", "LA", "La"):
-        return _on_black(picture.convert("LA"), "L")
+        return _on_black(picture, "L")
     if mode in ("RGBA", "RGBa", "PA") or transparent:
-        return _on_black(picture.convert("RGBA"), "RGB")
+        return _on_black(picture, "RGB")
     return picture.convert("RGB")  # P, CMYK, YCbCr, LAB, HSV, RGBX
 
 
 def _on_black(picture: Image.Image, mode: str) -> Image.Image:
     black = Image.new(mode, picture.size)
-    black.paste(picture.convert(mode), mask=picture.getchannel("A"))
+    rows = max(1, _STRIP // picture.width)
+    for top in range(0, picture.height, rows):
+        strip = picture.crop((0, top, picture.width, min(top + rows, picture.height)))
+        with_alpha = strip.convert("LA" if mode == "L" else "RGBA")
+        black.paste(with_alpha.convert(mode), (0, top), with_alpha.getchannel("A"))
     return black
 
 
 def _window(levels: npt.NDArray[Any], window: tuple[int, int]) -> Image.Image:
     low, high = window
-    scaled = (levels.astype(np.float32) - low) * (255.0 / (high - low))
-    return Image.fromarray(np.rint(np.clip(scaled, 0, 255)).astype(np.uint8))
+    result = np.empty(levels.shape, np.uint8)
+    rows = max(1, _STRIP // levels.shape[1])
+    for top in range(0, len(levels), rows):
+        strip = slice(top, top + rows)
+        scaled = (levels[strip].astype(np.float32) - low) * (255.0 / (high - low))
+        result[strip] = np.rint(np.clip(scaled, 0, 255))
+    return Image.fromarray(result)
 
 
 def _from_array(array: npt.NDArray[Any], window: tuple[int, int]) -> Image.Image:
@@ -257,8 +303,10 @@ def _from_array(array: npt.NDArray[Any], window: tuple[int, int]) -> Image.Image
     if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))) or 0 in array.shape:
         shape = list(array.shape)
         raise DataError(f"expected an array [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], got {shape}")
-    if array.shape[0] * array.shape[1] > MAX_PIXELS:
-        raise DataError(f"array {list(array.shape)} has more than {MAX_PIXELS:,} pixels")
+    if array.shape[0] * array.shape[1] > MAX_PIXELS or max(array.shape[:2]) > MAX_SIDE:
+        raise DataError(
+            f"array {list(array.shape)}: the limit is {MAX_PIXELS:,} pixels, {MAX_SIDE:,} a side"
+        )
     if array.dtype == np.uint16:
         if array.ndim == 2:
             return _window(array, window)
