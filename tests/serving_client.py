@@ -9,10 +9,11 @@ import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -155,19 +156,19 @@ def started(*words: str | Path, env: Mapping[str, str] | None = None) -> Iterato
     """``fieldfit serve`` as a process of its own, once it answers; killed at the end."""
     command = [sys.executable, "-m", "runtime", "serve", "--json", "--port", "0", *map(str, words)]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), **(env or {})}
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if not line:
-            _, said = process.communicate(timeout=PATIENCE_S)
-            raise AssertionError(f"fieldfit serve ended with {process.returncode}: {said}")
-        yield Running(process, json.loads(line)["url"])
-    finally:
-        process.kill()
-        process.communicate()
+    with tempfile.TemporaryFile("w+") as stderr:  # a pipe that nobody reads would stop it
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment
+        )
+        service = Running(process, "", stderr)
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line, f"fieldfit serve ended: {service.said()}"
+            yield service._replace(url=json.loads(line)["url"])
+        finally:
+            process.kill()
+            process.communicate()
 
 
 class Running(NamedTuple):
@@ -175,6 +176,13 @@ class Running(NamedTuple):
 
     process: "subprocess.Popen[str]"
     url: str
+    stderr: IO[str]
+
+    def said(self) -> str:
+        """What it said on stderr, once it has ended."""
+        self.process.wait(PATIENCE_S)
+        self.stderr.seek(0)
+        return self.stderr.read()
 
     def rss(self) -> int:
         """Bytes of memory it has now."""

@@ -58,7 +58,7 @@ class Connection(H11Protocol):
         """Take a client, or not if there are too many."""
         super().connection_made(transport)
         if len(self.connections) > self._gate.limits.connections:
-            self.turn_away(_TOO_MANY)
+            self.turn_away(_TOO_MANY, linger=False)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Let go of it."""
@@ -98,8 +98,8 @@ class Connection(H11Protocol):
         """Whether a request has begun and is not whole."""
         return not self._at_rest and bool(self.cycle is None or self.cycle.more_body)
 
-    def turn_away(self, refusal: Refusal) -> None:
-        """Refuse in a fixed answer, and close."""
+    def turn_away(self, refusal: Refusal, *, linger: bool = True) -> None:
+        """Refuse in a fixed answer, and close: at once, or when the client has had time for it."""
         self._turned_away = True
         self._metrics.refused[refusal.word] += 1
         self._metrics.responses[refusal.status] += 1
@@ -108,10 +108,10 @@ class Connection(H11Protocol):
         if self.cycle is not None:  # whoever still reads is told that there is nobody
             self.cycle.disconnected = True
             self.cycle.message_event.set()
-        if self.transport.can_write_eof():
+        if linger and self.transport.can_write_eof():  # TLS cannot
             self.transport.write_eof()
             self._lingering = self.loop.call_later(_LINGER_S, self.transport.abort)
-        else:  # TLS
+        else:
             self.transport.close()
 
     @property
