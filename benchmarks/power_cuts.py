@@ -29,7 +29,8 @@ from benchmarks.harness import Options, Report, Table
 from benchmarks.small_bundles import small_zip
 from runtime.bundle import Bundle
 from runtime.delivery import slot_state
-from runtime.delivery.slot_state import Refusal, Release, State
+from runtime.delivery.floor import Floors
+from runtime.delivery.slot_state import Refusal, Release, State, version_key
 from runtime.delivery.slots import Slots
 from runtime.errors import FieldfitError, UpdateError
 
@@ -211,9 +212,15 @@ class Expected:
 
 def look(slots: Slots, expected: Expected) -> Iterator[Violation]:
     """What is not as it must be."""
-    status = slots.status()
+    try:
+        status, floor = slots.status(), Floors(slots.folder).read()
+    except UpdateError:
+        yield "state unreadable"
+        return
     if status.problems:
         yield "state unreadable"
+    if version_key(floor.version) < version_key(expected.state.floor):
+        yield "acknowledged step lost"
     if _essence(status.state) not in [_essence(state) for state in expected.states()]:
         yield "acknowledged step lost"
     needed = expected.whole() | status.state.in_use()

@@ -7,6 +7,7 @@ import pytest
 from benchmarks import power_cuts
 from benchmarks.power_cuts import Expected, Said, Step, Violation
 from benchmarks.small_bundles import small_zip
+from runtime.delivery.floor import Floors
 from runtime.delivery.slot_state import State
 from runtime.delivery.slots import Slots
 
@@ -47,6 +48,22 @@ def test_an_acknowledged_step_that_is_not_there_is_lost(slots: Slots, tmp_path: 
     assert found(slots, said) == []
     slots.begin_try()  # nobody said so
     assert found(slots, said) == ["acknowledged step lost"]
+
+
+def test_a_committed_version_that_the_floor_forgot_is_lost(slots: Slots, tmp_path: Path) -> None:
+    sha256 = slots.stage(small_zip(tmp_path)).sha256
+    slots.activate(sha256)
+    slots.begin_try()
+    slots.commit()
+    state = slots.status().state
+    expected = Expected(state, {sha256}, {})
+    assert found(slots, expected) == []
+    for path in Floors(slots.folder).paths:
+        path.unlink()
+    assert found(slots, expected) == ["acknowledged step lost"]
+    for path in Floors(slots.folder).paths:
+        path.write_bytes(b"")
+    assert found(slots, expected) == ["state unreadable"]
 
 
 def test_a_slot_that_was_acknowledged_must_be_whole(slots: Slots, tmp_path: Path) -> None:
