@@ -28,6 +28,7 @@ import pytest
 from onnx import TensorProto, helper
 from PIL import Image
 
+from benchmarks.broker import Broker
 from runtime.__main__ import main as fieldfit
 from runtime.classifier import Classifier
 from runtime.delivery.identity import device
@@ -37,6 +38,7 @@ from runtime.line.verdict import Verdict
 from runtime.verbs.watch import OUTBOX
 from tests.model_zips import LABELS, SIZE, frames, model_zip, with_constants
 from tests.test_engines import CHANNELS, tiny_model
+from tests.test_line_mqtt import running
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE_S = 60.0
@@ -422,20 +424,20 @@ def test_a_page_for_others_needs_tokens(
 
 
 def test_verdicts_reach_a_broker_and_a_plc(
-    tmp_path: Path, archive: Path, start: Start, broker: int
+    tmp_path: Path, archive: Path, start: Start, broker: Broker
 ) -> None:
     from pymodbus.client import ModbusTcpClient
 
     inbox, plc_port = tmp_path / "in", free_port()
     got = subprocess.Popen(
-        ["mosquitto_sub", "-p", str(broker), "-t", "line/+/results", "-q", "1", "-C", "3"],
+        ["mosquitto_sub", "-p", str(broker.port), "-t", "line/+/results", "-q", "1", "-C", "3"],
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     for number in range(2):
         put(inbox, number)
     watching = start(
         f"watch:{inbox}", "--bundle", archive, "--ok", OK,
-        "--mqtt", f"mqtt://127.0.0.1:{broker}/line", "--modbus", plc_port,
+        "--mqtt", f"{broker.url}/line", "--modbus", plc_port,
     )  # fmt: skip
     lines = watching.lines(2)
     put(inbox, 2).write_bytes(b"no picture")
@@ -443,6 +445,11 @@ def test_verdicts_reach_a_broker_and_a_plc(
     sent, _ = got.communicate(timeout=PATIENCE_S)
     assert [json.loads(line) for line in sent.splitlines()] == lines
     until(lambda: not watching.kept())
+    status = subprocess.run(
+        ["mosquitto_sub", "-p", str(broker.port), "-t", "line/status/#", "-C", "1", "-W", "30"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert device(watching.state).id in status.stdout
     until(lambda: not refused(f"tcp://127.0.0.1:{plc_port}"))
     with ModbusTcpClient("127.0.0.1", port=plc_port) as client:
 
@@ -457,17 +464,11 @@ def test_verdicts_reach_a_broker_and_a_plc(
 
 
 @pytest.fixture
-def broker(tmp_path: Path) -> Iterator[int]:
-    if shutil.which("mosquitto") is None or shutil.which("mosquitto_sub") is None:
-        pytest.skip("no broker here: apt install mosquitto mosquitto-clients")
-    port = free_port()
-    settings = tmp_path / "mosquitto.conf"
-    settings.write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\npersistence false\n")
-    process = subprocess.Popen(["mosquitto", "-c", settings], stderr=subprocess.DEVNULL)
-    until(lambda: not refused(f"tcp://127.0.0.1:{port}"))
-    yield port
-    process.terminate()
-    process.wait()
+def broker(tmp_path: Path) -> Iterator[Broker]:
+    if shutil.which("mosquitto_sub") is None:
+        pytest.skip("no client of a broker here: apt install mosquitto-clients")
+    with running(tmp_path / "broker") as started:
+        yield started
 
 
 def free_port() -> int:

@@ -58,6 +58,11 @@ class Parts(NamedTuple):
     evidence: Evidence | None = None
     sending: Sending | None = None
 
+    def counted(self) -> dict[str, int]:
+        """Frames by verdict, and those that were lost, since the start."""
+        results = {str(word): count for word, count in self.metrics.results.items()}
+        return {**results, "dropped": sum(self.feed.dropped().values())}
+
 
 class Showing:
     """Shows ``parts`` on ``board`` and in ``file``, where those are, and tells ``notifier``."""

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from runtime.delivery.live import LiveClassifier
     from runtime.line.evidence import Evidence
     from runtime.line.health import Health
-    from runtime.line.line_metrics import LineMetrics
     from runtime.line.outbox import Outbox
     from runtime.line.page.process import PageProcess
     from runtime.line.page.snapshot import Board
     from runtime.line.reporting import Reporting
     from runtime.line.sending import Plc, Sending
+    from runtime.line.showing import Parts
 
 OUTBOX, LOCK = "outbox.db", "watch.lock"
 
@@ -159,8 +159,8 @@ def _watch(options: argparse.Namespace, state: Path, stack: ExitStack) -> int:
         heat=lambda: line.heat, inspector=inspector, health=health, outbox=outbox,
         evidence=evidence, sending=sending,
     )  # fmt: skip
+    reporting = _reporting(options, parts)
     showing = Showing(parts, notifier, board=board, file=options.metrics)
-    reporting = _reporting(options, state, outbox, health, metrics)
     beside = (plc, health, evidence, sending, showing, page, reporting)
     line.beside += [part for part in beside if part]
     with _stopped_by_signals(line.stop):
@@ -211,23 +211,16 @@ def _sending(options: argparse.Namespace, outbox: "Outbox", stack: ExitStack) ->
     return Sending(sender, options.mqtt)
 
 
-def _reporting(
-    options: argparse.Namespace,
-    state: Path,
-    outbox: "Outbox",
-    health: "Health",
-    metrics: "LineMetrics",
-) -> "Reporting | None":
+def _reporting(options: argparse.Namespace, parts: "Parts") -> "Reporting | None":
     """A status of the device goes along with the records, where it can be signed."""
     if options.mqtt is None:
         return None
     from runtime.line.reporting import Reporting
 
-    def counted() -> dict[str, int]:
-        return {str(word): count for word, count in metrics.results.items()}
-
     try:
-        return Reporting(state, outbox, drift=lambda: health.report, counted=counted)
+        return Reporting(
+            parts.state, parts.outbox, drift=lambda: parts.health.report, counted=parts.counted
+        )
     except FleetError as error:
         _tell(f"records are sent, and no status of this device: {error}")
         return None
