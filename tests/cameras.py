@@ -69,7 +69,7 @@ class CameraThere:
         """Start it, and wait until it is there."""
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.cameras", *self._arguments],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=ROOT,
         )  # fmt: skip
         assert self._process.stdout
         assert self._process.stdout.readline() == b"there\n"

@@ -50,8 +50,10 @@ class Address(msgspec.Struct, frozen=True, kw_only=True):
 
 def parse(text: str) -> Address:
     """Take ``text`` apart. Raises DataError if it is no source, naming those there are."""
+    if not text:
+        raise DataError(f"expected a source, got nothing; there are {UNDERSTOOD}")
     word, colon, rest = text.partition(":")
-    if Path(text).exists() and not text.startswith("/dev/video"):
+    if _exists(text) and not text.startswith("/dev/video"):
         return Address(kind="files", place=text)
     if rest.startswith("//"):
         if word in _STREAMS:
@@ -73,9 +75,14 @@ def parse(text: str) -> Address:
         return Address(kind="v4l2", place=place, settings=settings)
     if colon and re.fullmatch(r"[a-z]+", word):
         raise DataError(_not_understood(text, word, list(_PREFIXES), ":"))
-    if not text:
-        raise DataError(f"expected a source, got nothing; there are {UNDERSTOOD}")
     return Address(kind="files", place=text)
+
+
+def _exists(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except (OSError, ValueError):  # too long a name, a zero byte in it
+        return False
 
 
 def _settings(text: str, whole: str) -> tuple[str, dict[str, str]]:

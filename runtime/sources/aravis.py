@@ -5,6 +5,7 @@ It knows no frame and no process. Names follow the library (Aravis 0.8 API refer
 ArvStream, ArvBuffer); enumerations are those of arvbuffer.h and arvenums.h.
 """
 
+import contextlib
 import ctypes
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_uint64, c_void_p
 from typing import Any
@@ -119,6 +120,9 @@ class Camera:
         self._camera = call("camera_new", name.encode() or None)
         if not self._camera:
             raise DataError("there is no GenICam camera; arv-tool-0.8 lists them")
+        # A camera whose last master died may still send to that one, until it is told to stop.
+        with contextlib.suppress(DataError):
+            call("camera_stop_acquisition", self._camera)
         if features:
             words = " ".join(f"{key}={value}" for key, value in features.items())
             device = call("camera_get_device", self._camera)

@@ -57,10 +57,12 @@ class Camera:
         The camera's process dies with the thread that iterates.
         """
         while child := self._start():
+            lost = False
             try:
                 yield from self._frames(child)
+                lost = not self._closed.is_set()
             finally:
-                why = self._end(child)
+                why = self._end(child, lost)
             if self._closed.is_set():
                 return
             pause = self._watchdog.lost()
@@ -78,7 +80,7 @@ class Camera:
         with self._lock:
             self._closed.set()
             if self._child:
-                self._child.kill()
+                self._child.dismiss()
 
     def _start(self) -> CameraChild | None:
         with self._lock:
@@ -89,9 +91,11 @@ class Camera:
             self._watchdog.begin(time.monotonic())
             return self._child
 
-    def _end(self, child: CameraChild) -> str:
+    def _end(self, child: CameraChild, lost: bool) -> str:
         with self._lock:
             self._child = None
+            if not lost:
+                child.dismiss()
             return child.close()
 
     def _frames(self, child: CameraChild) -> Iterator[Frame]:

@@ -23,7 +23,7 @@ lets go; nobody waits for that."""
 
 
 class CameraChild:
-    """One process with one open camera. It serves one thread; ``kill`` may come from any.
+    """One process with one open camera. It serves one thread; ``dismiss`` may come from any.
 
     It dies with the thread that made it. ``waits`` as in ``camera_process.Task``.
     """
@@ -80,16 +80,17 @@ class CameraChild:
             self._write(b".")
         return taken
 
-    def kill(self) -> None:
-        """End it, whatever it does; ``hear`` then says so."""
-        self._killed = self._killed or self._process.poll() is None
-        self._process.kill()
+    def dismiss(self) -> None:
+        """Let it let go of the camera and end; if it does not, end it. ``hear`` then says so."""
+        self._in.close()
+        self._wait(_END_S)
+        self._kill()
 
     def close(self) -> str:
         """End it, and give its memory back; why it ended by itself, empty if it did not."""
         if self.hear(0) is None:
             self._wait(_END_S)
-        self.kill()
+        self._kill()
         self._wait(_KILLED_S)
         self._hear_errors()
         for stream in (self._in, self._out, self._err):
@@ -99,6 +100,10 @@ class CameraChild:
         if self._refused or self._killed or not code:
             return self._refused
         return failure(code, self._said.decode(errors="replace"))
+
+    def _kill(self) -> None:
+        self._killed = self._killed or self._process.poll() is None
+        self._process.kill()
 
     def _wait(self, timeout_s: float) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):

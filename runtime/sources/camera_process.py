@@ -1,14 +1,16 @@
 """``python -m runtime.sources.camera_process``: reads one camera, and dies with its parent.
 
 Whatever a driver or decoder does, it does to this process alone: the parent ends it and starts
-another. In: one line of JSON, and a byte for each frame that was taken of a source that can wait.
-Out: frames in shared memory, a byte for each on stdout, why it ended on stderr. It knows no line
+another. In: one line of JSON, a byte for each frame that was taken of a source that can wait, and
+the end of it all: then the camera is let go of, so that the next process may have it at once. Out:
+frames in shared memory, a byte for each on stdout, why it ended on stderr. It knows no line
 and no verdict.
 """
 
 import contextlib
 import ctypes
 import os
+import select
 import signal
 import sys
 
@@ -72,15 +74,14 @@ def _open(address: Address) -> Grabber:
 def _send(grabber: Grabber, ring: RingWriter, waits: bool) -> None:
     _say(OPENED)
     room = PLACES - 1
-    while grabbed := grabber.grab():
+    while (waits or not _told_to_end()) and (grabbed := grabber.grab()):
         if grabbed.alive:
             _say(ALIVE)
             continue
         while waits and not room:
-            taken = os.read(0, 64)
-            if not taken:
+            room = len(os.read(0, PLACES))
+            if not room:
                 return
-            room += len(taken)
         room -= 1
         _put(grabber, ring, grabbed)
         _say(FRAME)
@@ -91,6 +92,10 @@ def _put(grabber: Grabber, ring: RingWriter, grabbed: Grabbed) -> None:
     with ring.place(grabbed.time, grabbed.monotonic, fault=grabbed.fault) as place:
         if not grabbed.fault:
             grabber.retrieve(place)
+
+
+def _told_to_end() -> bool:
+    return bool(select.select([0], [], [], 0)[0])
 
 
 def _say(word: bytes) -> None:

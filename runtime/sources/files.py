@@ -71,8 +71,12 @@ class Files:
 
     def __init__(self, place: str, name: str) -> None:
         self.name = name
-        self._paths = list(find_images([place]))
-        if not glob.has_magic(place) and not Path(place).exists():
+        try:
+            self._paths = list(find_images([place]))
+            there = glob.has_magic(place) or Path(place).exists()
+        except (OSError, ValueError) as error:  # too long a name, a zero byte in it
+            raise DataError(f"{place}: {error}") from error
+        if not there:
             raise DataError(f"{place}: expected an image, a folder or a glob, there is nothing")
         self._closed = threading.Event()
 

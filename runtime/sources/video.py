@@ -63,7 +63,7 @@ class Video:
         with self._lock:
             self._closed.set()
             if self._child:
-                self._child.kill()
+                self._child.dismiss()
 
     def _start(self) -> CameraChild | None:
         with self._lock:
