@@ -141,6 +141,9 @@ def test_deep_nesting_is_refused() -> None:
         ),
         ({"labels": ("one",)}, "two or more"),
         ({"labels": ("one", "one")}, "two or more different"),
+        ({"reference": "reference.npz"}, r"names reference\.npz but does not list it"),
+        ({"reference": "../reference.npz"}, "regex"),
+        ({"ok_labels": ("functional", "fine")}, "ok_labels names fine, which is no label"),
         # what the types refuse: paths, hidden and odd names, sizes, numbers
         ({"files": (*MANIFEST.files, entry("../etc"))}, "regex"),
         ({"files": (*MANIFEST.files, entry(".hidden"))}, "regex"),

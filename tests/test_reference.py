@@ -1,24 +1,28 @@
 """A bundle carries how its field looks and is answered, and a device compares itself with that."""
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 
+from export.pipeline import export
 from export.reference import DIRECTIONS, fit_projection
 from export.release import read_release
 from export.write_bundle import write_bundle
 from runtime import Classifier
 from runtime.bundle import MANIFEST, Bundle
 from runtime.dataset import read_dataset
-from runtime.errors import BundleError
+from runtime.errors import BundleError, DataError
 from runtime.manifest import FileEntry
 from runtime.monitoring.drift import Drift
 from runtime.monitoring.image_quality import STATISTICS, look
 from runtime.monitoring.reference import REFERENCE, encode, read_reference
 from runtime.preprocess import preprocess_batch
+from runtime.recipe import load_recipe
+from tests.conftest import QUICK
 
 
 def test_an_exported_bundle_has_a_reference_of_all_held_out_images(quick: Path) -> None:
@@ -41,7 +45,7 @@ def test_a_device_finds_the_reference_in_its_own_answers(quick: Path) -> None:
     """The classifier's own way to scores and features is the one that the reference was made on."""
     bundle = quick / "build/quick/bundle"
     dataset = read_dataset(quick / "build/quick/train/images.json")
-    with Classifier.open(bundle, engine="onnxruntime", form="fp32") as classifier:
+    with Classifier.open(bundle, engine="onnxruntime-cpu", form="fp32") as classifier:
         reference = read_reference(classifier.bundle)
         assert reference is not None
         example = dataset.select("target", "validation")[3]
@@ -152,3 +156,29 @@ def test_fewer_features_than_directions_are_projected_all_the_same() -> None:
     assert fit_projection(features)(features).shape == (30, 4)
     same = np.ones((30, 3), np.float32)
     assert np.isfinite(fit_projection(same)(same)).all()
+
+
+def test_an_ok_label_that_the_model_does_not_have_is_refused_before_anything_is_made(
+    quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(quick / "build/quick/train", tmp_path / "build/quick/train")
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe(QUICK)
+    wrong = msgspec.structs.replace(
+        recipe, export=msgspec.structs.replace(recipe.export, ok=("functional", "fine"))
+    )
+    with pytest.raises(DataError, match=r"\[export\] ok: .* defective, functional; got 'fine'"):
+        export(wrong)
+    assert not (tmp_path / "build/quick/bundle").exists()
+
+
+def test_the_bundle_says_which_labels_are_ok_and_from_which_score_on_it_answers(
+    quick: Path,
+) -> None:
+    bundle = Bundle.open(quick / "build/quick/bundle")
+    assert bundle.manifest.ok_labels == ("functional",)
+    abstention = read_release(bundle).abstention
+    assert abstention is not None
+    assert bundle.manifest.abstain_below == abstention.abstain_below == 0
+    assert abstention.labelled > 0
+    assert (quick / "build/quick/selective-risk.png").is_file()
