@@ -53,9 +53,7 @@ class Browser:
 
     def run(self, script: str) -> Any:
         """The value of an expression in the page; promises are waited for."""
-        done = self(
-            "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True
-        )
+        done = self("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in done, done
         return done["result"].get("value")
 

@@ -21,7 +21,7 @@ from runtime.line.page.answers import Access, Answer, Answers, parse, plain
 MAX_CONNECTIONS = 64
 HEAD_BYTES = 16 * 1024
 
-_HEAD_S, _SENDING_S = 5.0, 10.0
+_HEAD_S, _SENDING_S, _PARTING_S = 5.0, 10.0, 1.0
 _BACKLOG = 64
 
 
@@ -114,8 +114,7 @@ class _Desk:
             answer = await self._answer(reader)
             writer.write(answer.encode())
             await asyncio.wait_for(writer.drain(), _SENDING_S)
-            writer.close()
-            await asyncio.wait_for(writer.wait_closed(), _SENDING_S)
+            await _part(reader, writer)
         except (OSError, asyncio.TimeoutError, asyncio.IncompleteReadError):
             pass  # whoever asked has gone
         finally:
@@ -134,3 +133,18 @@ class _Desk:
             return plain(431, f"expected a head of at most {HEAD_BYTES:,} bytes")
         request = parse(head)
         return request if isinstance(request, Answer) else self._answers.to(request)
+
+
+async def _part(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Let the other end read the answer: closing on bytes that nobody has read would recall it."""
+    if writer.can_write_eof():
+        writer.write_eof()
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(_discard(reader), _PARTING_S)
+    writer.close()
+    await asyncio.wait_for(writer.wait_closed(), _PARTING_S)
+
+
+async def _discard(reader: asyncio.StreamReader) -> None:
+    while await reader.read(HEAD_BYTES):
+        pass
