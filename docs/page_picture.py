@@ -18,7 +18,6 @@ from tests.browser import browser
 from tests.test_page_server import page
 
 OUT = Path(__file__).with_name("page.png")
-COLOURS = 64
 
 
 def cell(chance: random.Random, broken: bool) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
@@ -73,7 +72,7 @@ def main() -> None:
             chrome.open(f"http://127.0.0.1:{port}/")
             chrome.until("[...document.images].every(i => i.complete)")
             shot = Image.open(io.BytesIO(chrome.picture(whole=False)))
-        shot.convert("RGB").quantize(COLOURS).save(OUT, optimize=True)
+        shot.convert("RGB").save(OUT, optimize=True)
 
 
 if __name__ == "__main__":
