@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from scipy import stats
+from scipy import stats  # type: ignore[import-untyped]
 
 from export.selective import (
     CONFIDENCE,
