@@ -66,6 +66,10 @@ def _open(address: Address) -> Grabber:
     # What FFmpeg says of every broken packet would fill the journal.
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
+    # Half a frame is none, and lost packets are asked for again.
+    os.environ.setdefault(
+        "OPENCV_FFMPEG_CAPTURE_OPTIONS", "rtsp_transport;tcp|fflags;discardcorrupt"
+    )
     from runtime.sources.opencv_grabber import OpenCVGrabber
 
     return OpenCVGrabber(address)
