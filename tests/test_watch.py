@@ -36,6 +36,7 @@ from runtime.delivery.slots import Slots
 from runtime.line.outbox import Outbox
 from runtime.line.verdict import Verdict
 from runtime.verbs.watch import OUTBOX
+from tests import cameras
 from tests.model_zips import LABELS, SIZE, frames, model_zip, with_constants
 from tests.test_engines import CHANNELS, tiny_model
 from tests.test_line_mqtt import running
@@ -421,6 +422,50 @@ def test_a_page_for_others_needs_tokens(
     asked = [*words, "--state", str(tmp_path / "state"), "--page", "0.0.0.0:0"]
     assert fieldfit(asked) == 1
     assert "--token-file" in capfd.readouterr().err
+
+
+def test_a_camera_that_vanishes_is_not_inspected_another_goes_on_and_it_comes_back(
+    tmp_path: Path, archive: Path, start: Start
+) -> None:
+    video = cameras.write_video(tmp_path / "part.avi", 20)
+    one, two = cameras.WebCamera(video, fps=20.0), cameras.WebCamera(video, fps=10.0)
+    with one, two:
+        watching = start(one.url, two.url, "--bundle", archive, "--ok", OK)
+        lines_until(watching, lambda lines: inspected(lines) == {one.url, two.url})
+        one.vanish()
+        seen = lines_until(watching, lambda lines: "NOT INSPECTED" in said_of(lines, one.url))
+        assert "NOT INSPECTED" not in said_of(seen, two.url)
+        lost = next(line for line in seen if line["verdict"] == "NOT INSPECTED")
+        assert lost["label"] is None
+        assert "camera lost" in lost["reason"]
+        lines_until(watching, lambda lines: len(said_of(lines, two.url)) > 5)
+        one.come()
+        lines_until(watching, lambda lines: one.url in inspected(lines))
+        code, _ = watching.end(signal.SIGTERM)
+    assert code == 0, watching.said()
+    kept = watching.kept()
+    assert [verdict.seq for verdict in kept] == list(range(1, len(kept) + 1))
+
+
+Lines = list[dict[str, Any]]
+
+
+def lines_until(watching: Watching, found: Callable[[Lines], bool]) -> Lines:
+    """What it says until it has said that."""
+    lines: Lines = []
+    end = time.monotonic() + PATIENCE_S
+    while not found(lines):
+        assert time.monotonic() < end, watching.said()
+        lines += watching.lines(1)
+    return lines
+
+
+def said_of(lines: Lines, source: str) -> list[str]:
+    return [line["verdict"] for line in lines if line["source"] == source]
+
+
+def inspected(lines: Lines) -> set[str]:
+    return {line["source"] for line in lines if line["verdict"] != "NOT INSPECTED"}
 
 
 def test_verdicts_reach_a_broker_and_a_plc(
