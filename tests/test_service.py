@@ -156,6 +156,8 @@ def test_install_writes_it_and_uninstall_leaves_nothing(
 ) -> None:  # fmt: skip
     path = tmp_path / folder / unit.NAME
     assert fieldfit(["service", "install", *user, *ARGUMENTS]) == 0
+    assert state.is_dir()
+    assert (tmp_path / "kept").is_dir(), "the sandbox needs what may be written to be there"
     assert path.read_text().startswith("# Written by `fieldfit service install`")
     shown = capsys.readouterr().out
     assert f"wrote {path}" in shown

@@ -62,15 +62,17 @@ def _add_user_option(parser: argparse.ArgumentParser) -> None:
 
 
 def _show(options: argparse.Namespace) -> int:
-    text = _unit(options)
+    text = _text(options, _line(options))
     print(json.dumps({"unit": text}) if options.json else text, end="\n" if options.json else "")
     return 0
 
 
 def _install(options: argparse.Namespace) -> int:
-    text = _unit(options)
+    line = _line(options)
+    for folder in line.writes:  # systemd starts nothing that may write to what is not there
+        atomic.make_folder(folder)
     path = _folder(options.user) / unit.NAME
-    atomic.write_text(path, text)
+    atomic.write_text(path, _text(options, line))
     systemctl = _systemctl(options.user)
     return _say(
         options, f"wrote {path}", path,
@@ -103,19 +105,22 @@ def _say(options: argparse.Namespace, done: str, path: Path, following: str) -> 
     return 0
 
 
-def _unit(options: argparse.Namespace) -> str:
+def _line(options: argparse.Namespace) -> unit.Line:
     arguments = [word for word in options.arguments if word != "--"]
     asked = watch.parse(arguments)
     state = (asked.state or default_folder()).absolute()
     command = (sys.executable, "-m", "runtime", "watch", *arguments, "--state", str(state))
-    line = unit.Line(
+    return unit.Line(
         command=command,
         folder=Path.cwd(),
-        writes=(state, second_copy(state).parent, *watch.written(asked)),
+        writes=(state, *watch.written(asked)),
         reads=(Path(sys.executable), Path(__file__), Path.cwd(), *watch.read(asked)),
         network=watch.needs_network(asked),
         devices=unit.find_devices(),
     )
+
+
+def _text(options: argparse.Namespace, line: unit.Line) -> str:
     return unit.user_unit(line) if options.user else unit.system_unit(line)
 
 
