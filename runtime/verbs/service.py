@@ -113,7 +113,7 @@ def _line(options: argparse.Namespace) -> unit.Line:
     return unit.Line(
         command=command,
         folder=Path.cwd(),
-        writes=(state, *watch.written(asked)),
+        writes=(state, second_copy(state).parent, *watch.written(asked)),
         reads=(Path(sys.executable), Path(__file__), Path.cwd(), *watch.read(asked)),
         network=watch.needs_network(asked),
         devices=unit.find_devices(),
