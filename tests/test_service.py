@@ -44,10 +44,13 @@ def analyze(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 @needs_systemd
-@pytest.mark.parametrize("network", [True, False])
-def test_the_exposure_of_the_unit_is_at_most_3(tmp_path: Path, network: bool) -> None:
+@pytest.mark.parametrize(("network", "low_port"), [(True, True), (True, False), (False, False)])
+def test_the_exposure_of_the_unit_is_at_most_3(
+    tmp_path: Path, network: bool, low_port: bool
+) -> None:
     path = tmp_path / unit.NAME
-    path.write_text(system_unit(LINE._replace(network=network, devices=find_devices())))
+    line = LINE._replace(network=network, low_port=low_port, devices=find_devices())
+    path.write_text(system_unit(line))
     done = analyze("security", "--offline=true", "--threshold=30", str(path))
     assert done.returncode == 0, done.stdout[-300:]
     (score,) = re.findall(r"exposure level for fieldfit.service: ([\d.]+)", done.stdout)
@@ -194,6 +197,21 @@ def test_it_has_a_network_only_if_something_needs_one(
 ) -> None:
     assert fieldfit(["service", "show", *arguments]) == 0
     assert ("PrivateNetwork=yes" not in capsys.readouterr().out) == network
+
+
+@pytest.mark.parametrize(
+    ("arguments", "capability"),
+    [
+        (["--modbus", "502"], "CAP_NET_BIND_SERVICE"),
+        (["--page", "[::1]:80"], "CAP_NET_BIND_SERVICE"),
+        (["--modbus", "127.0.0.1:5020", "--page", ":8080"], ""),
+    ],
+)
+def test_only_a_port_below_1024_gives_it_a_capability(
+    state: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], capability: str
+) -> None:
+    assert fieldfit(["service", "show", "in", *arguments]) == 0
+    assert f"\nCapabilityBoundingSet={capability}\n" in capsys.readouterr().out
 
 
 def test_the_program_in_the_unit_starts(

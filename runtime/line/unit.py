@@ -37,6 +37,8 @@ class Line(NamedTuple):
     """Everything else that it needs: interpreter, bundle, sources."""
     network: bool
     """Whether it talks to cameras, a broker, a PLC or browsers."""
+    low_port: bool = False
+    """Whether it listens on one below 1024, such as Modbus' 502."""
     devices: tuple[Path, ...] = ()
     """Device files that are here and match DEVICE_FILES."""
 
@@ -114,7 +116,7 @@ def _of_system(line: Line) -> list[str]:
     at_home = any(path.is_relative_to(home) for path in places for home in _HOMES)
     in_tmp = any(path.is_relative_to(folder) for path in places for folder in _TEMPORARY)
     return [
-        "CapabilityBoundingSet=",
+        f"CapabilityBoundingSet={'CAP_NET_BIND_SERVICE' if line.low_port else ''}",
         "AmbientCapabilities=",
         f"ReadWritePaths={' '.join(_quoted(str(path)) for path in line.writes)}",
         "ProtectSystem=strict",

@@ -116,6 +116,7 @@ def _line(options: argparse.Namespace) -> unit.Line:
         writes=(state, second_copy(state).parent, *watch.written(asked)),
         reads=(Path(sys.executable), Path(__file__), Path.cwd(), *watch.read(asked)),
         network=watch.needs_network(asked),
+        low_port=watch.needs_low_port(asked),
         devices=unit.find_devices(),
     )
 

@@ -110,6 +110,12 @@ def needs_network(options: argparse.Namespace) -> bool:
     return bool(kinds & _NETWORK) or any((options.mqtt, options.modbus, options.page))
 
 
+def needs_low_port(options: argparse.Namespace) -> bool:
+    """Whether such a line listens on a port that only root may have."""
+    ports = [text.rpartition(":")[2] for text in (options.modbus, options.page) if text]
+    return any(port.isdecimal() and 0 < int(port) < 1024 for port in ports)
+
+
 def run(options: argparse.Namespace) -> int:
     """0 when the sources have ended or somebody stopped it."""
     state = options.state or default_folder()
