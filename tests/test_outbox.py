@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -23,6 +24,8 @@ from runtime.line.outbox import MAX_BYTES, MAX_RECORD_BYTES, MAX_ROWS, Outbox, R
 from runtime.line.verdict import Verdict
 from tests.mounts import mounting
 from tests.outbox_stories import DEVICE, FINDING
+
+PAGE = Path(__file__).parent.parent / "docs" / "results.md"
 
 
 class Box(Outbox):
@@ -129,6 +132,15 @@ def test_what_threads_and_processes_append_at_once_is_all_there(box: Box) -> Non
         thread.join()
     assert [other.wait() for other in others] == [0, 0]
     assert box.seqs() == list(range(1, 201))
+
+
+def test_the_page_s_python_runs(tmp_path: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path,
+        env={"PYTHONPATH": str(PAGE.parent.parent), "PATH": ""}, check=False,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("1 1\n", "")
 
 
 # --- what a disk does

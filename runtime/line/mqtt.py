@@ -36,7 +36,7 @@ _KEEPALIVE_S = 20
 _ANSWER_S = 30.0
 """A broker that has not answered by then does not, whatever TCP says."""
 _WAIT_S = 0.05
-_LOOK_S = 1.0
+_LOOK_S = 0.5
 """Between two looks for a new status document."""
 _HEADER_BYTES = 64
 """Of a message beside its topic and payload, at most."""
