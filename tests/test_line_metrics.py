@@ -6,9 +6,11 @@ import subprocess
 
 import pytest
 
+from runtime.choose import Step
 from runtime.line.inspection import Inspected
 from runtime.line.line_metrics import LineMetrics, Standing
 from runtime.line.outbox import Counts
+from runtime.line.showing import degraded
 from runtime.line.thermal import Heat
 from runtime.line.verdict import Finding, Word
 
@@ -89,3 +91,13 @@ def test_prometheus_takes_it(metrics: LineMetrics, empty: bool) -> None:
         ["promtool", "check", "metrics"], input=text, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_a_step_down_that_nobody_chose_is_degraded() -> None:
+    steps = [
+        Step("TensorRT", "", False, "there is none", "missing library"),
+        Step("onnxruntime CUDA", "fp16", False, "its plan is damaged", "refused artifact"),
+        Step("onnxruntime CPU", "int8-cpu", True, "as proven"),
+    ]
+    assert degraded(steps) == "onnxruntime CUDA, fp16: passed over: its plan is damaged"
+    assert degraded([steps[0], steps[2]]) == ""
