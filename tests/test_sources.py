@@ -224,13 +224,17 @@ def test_a_camera_may_take_its_time_to_open_and_teaches_how_long() -> None:
     assert quick.deadline == 105
 
 
-def test_the_rhythm_is_learned_anew_so_that_a_slower_camera_can_come_back() -> None:
+def test_a_camera_that_comes_back_slower_is_given_more_time_until_that_is_known() -> None:
     dog = watchdog(1.0, 1.04, 1.08)
-    dog.begin(10.0)
-    dog.frame(11.0)
-    assert dog.deadline >= 16  # not 11.9: who knows when the second is due
-    dog.frame(14.0)
-    assert dog.deadline == pytest.approx(14 + 0.9 * 6)
+    limits = []
+    for began in (10.0, 20.0, 30.0, 40.0):
+        dog.lost()
+        dog.begin(began)
+        dog.frame(began + 1)
+        limits.append(dog.deadline - began - 1)
+    assert limits == pytest.approx([0.9, 1.8, 3.6, 7.2])
+    dog.frame(44.0)
+    assert dog.deadline == pytest.approx(44 + 0.9 * 6)
 
 
 def test_a_camera_that_waits_for_its_trigger_need_only_answer() -> None:

@@ -25,6 +25,8 @@ class Watchdog:
 
     def __init__(self) -> None:
         self._gaps: deque[float] = deque(maxlen=8)
+        self._period_s: float | None = None
+        self._patience = 1
         self._sign: float | None = None
         self._taken: float | None = None
         self._began = 0.0
@@ -36,7 +38,7 @@ class Watchdog:
         """When the newest frame of all was taken."""
 
     def begin(self, now: float) -> None:
-        """A process was started; what is known of the last one's rhythm no longer counts."""
+        """A process was started. The camera may have another rhythm now than it had."""
         self._gaps.clear()
         self._sign = self._taken = None
         self._waits_for_a_trigger = False
@@ -46,6 +48,8 @@ class Watchdog:
         """A frame was taken; the camera is there."""
         if self._taken is not None:
             self._gaps.append(taken - self._taken)
+            self._period_s = statistics.median(self._gaps)
+            self._patience = 1
         self._there(taken)
         self._taken = self.last_frame = taken
 
@@ -71,9 +75,9 @@ class Watchdog:
     def _limit_s(self) -> float:
         if self._waits_for_a_trigger:
             return _OF_THE_PROMISE * PROMISE_S
-        if not self._gaps:  # one frame does not say when the next is due
+        if self._period_s is None:  # one frame does not say when the next is due
             return self._opening_limit_s
-        return _OF_THE_PROMISE * max(PROMISE_S, 2 * statistics.median(self._gaps))
+        return _OF_THE_PROMISE * max(PROMISE_S, 2 * self._period_s) * self._patience
 
     @property
     def _opening_limit_s(self) -> float:
@@ -84,6 +88,8 @@ class Watchdog:
     def lost(self) -> float:
         """The camera is gone: how many seconds to wait before the next process."""
         self._failures += 1
+        if self._taken is not None and not self._gaps:
+            self._patience *= 2  # was it lost after its first frame, or has it become slower?
         return _PAUSES_S[min(self._failures, len(_PAUSES_S)) - 1]
 
     def news(self, now: float, why: str) -> str | None:
