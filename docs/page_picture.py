@@ -56,11 +56,6 @@ def main() -> None:
                 score=chance.uniform(*((0.5, 0.6) if word == "ABSTAIN" else (0.96, 0.999))),
                 reason="sharpness 14 is below 31" if word == "ABSTAIN" else "",
                 flags=("blurred",) if word == "ABSTAIN" else (),
-                milliseconds={
-                    stage: abs(chance.gauss(mean, mean / 8))
-                    for stage, mean in {"wait": 1.2, "preprocess": 2.1, "infer": 4.3, "look": 0.4,
-                                        "record": 5.6, "total": 14}.items()
-                },
             )  # fmt: skip
             board.judged(said, None if word == "NOT INSPECTED" else cell(chance, broken))
             if board.due:

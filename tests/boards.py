@@ -58,6 +58,7 @@ def condition(**changed: Any) -> Condition:
             name="onnxruntime 1.23 CPU, int8-cpu", reasons=("tensorrt: missing library",)
         ),
         "cameras": (snapshot.Camera(name="cam-1", kind="camera", age_s=0.04),),
+        "stages": {"infer": snapshot.Spread(4.0, 5.0, 7.0), "total": snapshot.Spread(9, 12, 16)},
         "heat": snapshot.Heat(zones={"cpu": 51.0}, limit_c=90.0),
         "drift": (
             snapshot.Drift(of="scores", p_value=0.4, alpha=0.001, drifted=False, window=500),

@@ -160,9 +160,9 @@ def test_hostile_names_are_text(state: Path, chrome: Browser, url: str) -> None:
 def test_it_fits_a_phone_and_a_desk(state: Path, chrome: Browser, url: str, text: str) -> None:
     frames = some()
     frames.append(verdict("DEFECT", 5, label=text, source=text, frame=text, reason=text))
-    frames.append(verdict("ABSTAIN", 6, flags=(text,), milliseconds={text: 123456.7}))
+    frames.append(verdict("ABSTAIN", 6, flags=(text,)))
     published(
-        state, frames, device=text, machine=text,
+        state, frames, device=text, machine=text, stages={text: snapshot.Spread(1, 2, 123456.7)},
         cameras=(snapshot.Camera(name=text, kind=text, fault=text),),
         drift=(snapshot.Drift(of=text, p_value=1e-300, alpha=1e-3, drifted=True, window=10**9),),
         disks=(snapshot.Disk(path=text, free=1, total=2),),

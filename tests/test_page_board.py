@@ -46,7 +46,6 @@ def test_what_is_published_is_read_again(tmp_path: Path) -> None:
     assert found.strip == ((1, "OK"), (2, "DEFECT"), (3, "NOT INSPECTED"))
     assert [frame.seq for frame in found.recent] == [3, 2]  # of OK ones only the newest is shown
     assert [bool(frame.picture) for frame in found.recent] == [False, True]
-    assert found.spreads["infer"].p50 == 4.0
     age = age_s(found)
     assert age is not None
     assert 0 <= age < 60
@@ -91,11 +90,10 @@ def test_a_tally_does_not_grow_with_what_it_is_told() -> None:
     tally = Tally(clock)
     for number in range(20_000):
         clock.now += 1
-        stage = {f"stage-{number}": 1.0}
-        tally.add(verdict("DEFECT", label=f"{number}", flags=(f"{number}",), milliseconds=stage))
+        tally.add(verdict("DEFECT", label=f"{number}", flags=(f"{number}",)))
     totals = tally.totals()
     assert len(totals["strip"]) == STRIP
-    assert len(totals["labels"]) == len(totals["flags"]) == len(totals["spreads"]) == 32
+    assert len(totals["labels"]) == len(totals["flags"]) == 32
 
 
 def test_many_frames_make_few_pictures(tmp_path: Path) -> None:

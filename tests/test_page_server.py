@@ -6,7 +6,10 @@ import contextlib
 import html.parser
 import http.client
 import json
+import os
 import random
+import re
+import shlex
 import signal
 import socket
 import ssl
@@ -35,11 +38,12 @@ ATTACK = '"><script>document.title = "owned"</script><img src=x onerror="window.
 
 
 @contextlib.contextmanager
-def page(state: Path, *arguments: str, host: str = "127.0.0.1") -> Iterator[int]:
+def page(state: Path, *arguments: str, host: str = "127.0.0.1", cwd: Path = ROOT) -> Iterator[int]:
     """``fieldfit page`` as it is started on a device; its port."""
     command = [sys.executable, "-m", "runtime", "page", "--json", "--state", str(state)]
     with subprocess.Popen(
-        [*command, "--listen", f"{host}:0", *arguments], cwd=ROOT, text=True,
+        [*command, "--listen", f"{host}:0", *arguments], cwd=cwd, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     ) as process:  # fmt: skip
         try:
@@ -329,7 +333,7 @@ def test_what_devices_say_stays_text(tmp_path: Path) -> None:
     words: tuple[Word, ...] = ("DEFECT", "ABSTAIN", "OK")
     evil = [
         verdict(word, seq, source=ATTACK, frame=ATTACK, label=ATTACK, reason=ATTACK, time=ATTACK,
-                flags=(ATTACK,), milliseconds={ATTACK: 1.0})
+                flags=(ATTACK,))
         for seq, word in enumerate(words)
     ]  # fmt: skip
     published(
@@ -338,6 +342,7 @@ def test_what_devices_say_stays_text(tmp_path: Path) -> None:
                              adaptation=ATTACK, verified=False, ok_labels=(ATTACK,)),
         engine=snapshot.Engine(name=ATTACK, reasons=(ATTACK,), degraded=ATTACK),
         cameras=(snapshot.Camera(name=ATTACK, kind=ATTACK, fault=ATTACK),),
+        stages={ATTACK: snapshot.Spread(1, 2, 3)},
         drift=(snapshot.Drift(of=ATTACK, p_value=0.0, alpha=1.0, drifted=True, window=1),),
         outbox=snapshot.Outbox(to=ATTACK, fault=ATTACK),
         disks=(snapshot.Disk(path=ATTACK, free=1, total=2),),
@@ -406,3 +411,20 @@ def test_over_tls_it_answers_whoever_trusts_it(state: Path, tmp_path: Path) -> N
         connection.request("GET", "/status.json")
         assert connection.getresponse().status == 200
         connection.close()
+
+
+def test_the_commands_of_the_docs_run(state: Path, tmp_path: Path) -> None:
+    """docs/page.md, as written, but for the ports; the command of the line is a test of its own."""
+    text = (ROOT / "docs" / "page.md").read_text()
+    commands = "".join(re.findall(r"```sh\n(.*?)```", text, re.DOTALL)).splitlines()
+    watch, *alone, token, with_token = commands
+    assert watch.startswith("fieldfit watch ")
+    subprocess.run(["bash", "-ec", token], cwd=tmp_path, check=True)
+    for command in (*alone, with_token):
+        program, verb, *words = shlex.split(command)
+        assert (program, verb) == ("fieldfit", "page")
+        place = words.index("--listen")
+        host = words[place + 1].rpartition(":")[0]
+        rest = [*words[:place], *words[place + 2 :]]
+        with page(state, *rest, host=host, cwd=tmp_path) as port:
+            assert ask(port, "/")[0] == (401 if "--token-file" in rest else 200)

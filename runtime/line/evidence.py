@@ -304,6 +304,11 @@ class Evidence:
             ]
         )  # fmt: skip
 
+    def refusals(self) -> dict[str, int]:
+        """How many images with a reason were not kept since the start, by why."""
+        with self._lock:
+            return {str(why): count for why, count in self.refused.items()}
+
     def _count(self, refusal: Refusal) -> None:
         with self._lock:
             self.refused[refusal] += 1

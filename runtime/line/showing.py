@@ -161,6 +161,11 @@ class Showing:
             drift_fill=parts.health.fill,
             outbox=self._outbox(), disks=(self._disk(),),
             update=snapshot.Update(expires=dict(self._expires)) if self._expires else None,
+            stages={
+                stage: snapshot.Spread(*values.values())
+                for stage, values in parts.metrics.quantiles_ms().items()
+            },
+            evidence=self._evidence(),
         )  # fmt: skip
 
     def _model(self, classifier: Classifier) -> snapshot.Model:
@@ -220,6 +225,15 @@ class Showing:
             rows=counts.rows, bytes=counts.bytes, sent=counts.sent, dropped=counts.dropped,
             unkept=counts.unkept, refused=counts.refused, to=sending.to if sending else "",
             fault=sending.state.reason if sending and broken else "",
+        )  # fmt: skip
+
+    def _evidence(self) -> snapshot.Evidence | None:
+        evidence = self._parts.evidence
+        if evidence is None:
+            return None
+        return snapshot.Evidence(
+            kept=sum(evidence.held.values()), bytes=evidence.size,
+            limit_bytes=evidence.caps.bytes, refused=evidence.refusals(),
         )  # fmt: skip
 
     def _disk(self) -> snapshot.Disk:

@@ -305,16 +305,16 @@ def _cameras(snapshot: Snapshot) -> Element:
 
 
 def _speed(snapshot: Snapshot) -> Element:
-    top = max([spread.p99 for spread in snapshot.spreads.values()], default=0.0) or 1.0
+    top = max([spread.p99 for spread in snapshot.stages.values()], default=0.0) or 1.0
     rows = [
         (
             el("span", None, stage, el("small", {"class": "soft"}, f" {_STAGES.get(stage, '')}")),
-            f"{spread.p50:.1f}", f"{spread.p90:.1f}", f"{spread.p99:.1f}", f"{spread.max:.1f}",
+            f"{spread.p50:.1f}", f"{spread.p90:.1f}", f"{spread.p99:.1f}",
             _bar(spread.p50 / top, spread.p99 / top),
         )
-        for stage, spread in snapshot.spreads.items()
+        for stage, spread in snapshot.stages.items()
     ]  # fmt: skip
-    heads = ("stage", "p50", "p90", "p99", "max", "")
+    heads = ("stage", "p50", "p90", "p99", "")
     return _panel(
         "speed", "Speed",
         el("p", None, el("b", {"class": "figure"}, f"{snapshot.per_second:.1f}"),

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from runtime.line.page.tally import FlagCount, Minute, Spread, Tally
+from runtime.line.page.tally import FlagCount, Minute, Tally
 from runtime.line.page.thumbnails import RecentFrame, Thumbnails
 from runtime.line.verdict import Finding, Word
 
@@ -75,6 +75,14 @@ class Camera(msgspec.Struct, frozen=True, kw_only=True):
     """Why there are no frames now; empty if all is well."""
     dropped: int = 0
     """Frames lost because the line was behind, since it was started."""
+
+
+class Spread(NamedTuple):
+    """Milliseconds of the last frames."""
+
+    p50: float
+    p90: float
+    p99: float
 
 
 class Heat(msgspec.Struct, frozen=True, kw_only=True):
@@ -166,6 +174,8 @@ class Condition(msgspec.Struct, frozen=True, kw_only=True):
     model: Model | None = None
     engine: Engine | None = None
     cameras: tuple[Camera, ...] = ()
+    stages: dict[str, Spread] = {}
+    """What a frame waits for, in order; the last is all of it."""
     heat: Heat | None = None
     drift: tuple[Drift, ...] | None = None
     """None if the bundle has no reference; empty until the first window is whole."""
@@ -198,8 +208,6 @@ class Snapshot(Condition, frozen=True, kw_only=True):
     """The same for each source."""
     last_minute: int
     """Frames."""
-    spreads: dict[str, Spread]
-    """Milliseconds of the last frames by stage."""
     flags: tuple[FlagCount, ...]
     recent: tuple[RecentFrame, ...]
     """Newest first, whatever the verdict."""

@@ -7,10 +7,9 @@ It keeps no image and knows no file.
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import msgspec
-import numpy as np
 
 from runtime.delivery.status_document import clipped
 from runtime.line.verdict import Finding, Word
@@ -22,19 +21,8 @@ MINUTES = 60
 
 _RATE_S = 10
 _RECENT_S = 60
-_DURATIONS = 600
-"""Of each stage, that percentiles are of."""
 _NAMES = 32
-"""Labels, flags and stages at most: a page that anybody can fill is none."""
-
-
-class Spread(NamedTuple):
-    """Milliseconds."""
-
-    p50: float
-    p90: float
-    p99: float
-    max: float
+"""Labels and flags at most: a page that anybody can fill is none."""
 
 
 class Minute(msgspec.Struct, frozen=True, kw_only=True):
@@ -78,7 +66,6 @@ class Tally:
         self._flagged: dict[str, tuple[str, str]] = {}
         self._seconds: deque[_Second] = deque()
         self._minutes: deque[tuple[int, Counter[Word]]] = deque()
-        self._durations: dict[str, deque[float]] = {}
 
     def add(self, said: Finding) -> None:
         """Count one frame."""
@@ -95,9 +82,6 @@ class Tally:
         second.sources[said.source] += 1
         second.flags.update(said.flags)
         self._minute(int(now // 60))[said.verdict] += 1
-        for stage, value in said.milliseconds.items():
-            if stage in self._durations or len(self._durations) < _NAMES:
-                self._durations.setdefault(stage, deque(maxlen=_DURATIONS)).append(value)
 
     def totals(self) -> dict[str, Any]:
         """The fields of a ``Snapshot`` that come from verdicts."""
@@ -116,7 +100,6 @@ class Tally:
             "per_second": sources.total() / over,
             "rates": {name: count / over for name, count in sources.items()},
             "last_minute": sum(s.sources.total() for s in last_minute),
-            "spreads": {stage: _spread(values) for stage, values in self._durations.items()},
             "flags": tuple(
                 FlagCount(
                     word=word, count=count, recent=flags[word],
@@ -152,7 +135,3 @@ def _count(counter: Counter[str], name: str) -> bool:
         return False
     counter[name] += 1
     return True
-
-
-def _spread(values: deque[float]) -> Spread:
-    return Spread(*np.percentile(np.array(values), [50, 90, 99, 100]).tolist())
