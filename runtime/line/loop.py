@@ -121,11 +121,11 @@ class Line:
         recorded = self._clock()
         said = _refused(inspected.finding, kept) if isinstance(kept, Unkept) else kept
         self._say(said)
-        if isinstance(kept, Verdict):
-            self._guarded(f"{source.name}: done", partial(source.done, frame))
         self._count(inspected, said, recorded - found, self._clock() - frame.monotonic)
         for beside in self.beside:
             self._guarded(_name(beside), partial(beside.judged, frame, inspected, said))
+        if isinstance(kept, Verdict):
+            self._guarded(f"{source.name}: done", partial(source.done, frame))
         if frame.image is not None:
             self._failures = self._failures + 1 if inspected.fault in _BROKEN else 0
 
