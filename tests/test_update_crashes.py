@@ -9,6 +9,9 @@ from tests.crashes import run_with_crashes
 
 
 @pytest.mark.parametrize("mode", ["killed", "full"])
-def test_an_update_interrupted_at_every_call(tmp_path: Path, mode: str) -> None:
-    calls = json.loads(run_with_crashes("tests.update_stories", tmp_path, mode, str(tmp_path)))
-    assert calls >= 60  # metadata, floor in two copies, download, slot, state
+@pytest.mark.parametrize("what", ["update", "provision"])
+def test_an_update_interrupted_at_every_call(tmp_path: Path, mode: str, what: str) -> None:
+    told = run_with_crashes("tests.update_stories", tmp_path, mode, str(tmp_path), what)
+    calls = json.loads(told)
+    # metadata, floor in two copies, download, slot, state; metadata twice, floor, trust, settings
+    assert calls >= {"update": 60, "provision": 40}[what]
