@@ -5,12 +5,14 @@ a window: nothing drifts, by construction. Then the window's images get worse, o
 product. The two-sample tests are `runtime.monitoring`'s, as a device runs them.
 """
 
+import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from benchmarks.harness import Options, Report, Spread, Table, interleave, ratio
@@ -290,6 +292,19 @@ def _white(image: UInt8) -> UInt8:
     return np.full_like(image, 255)
 
 
+def _jpeg(lost: int) -> Callable[[UInt8], UInt8]:
+    """As a JPEG file of which ``lost`` bytes in the middle are zeros; decoders take it."""
+
+    def spoil(image: UInt8) -> UInt8:
+        buffer = io.BytesIO()
+        Image.fromarray(image.squeeze()).save(buffer, "JPEG", quality=90)
+        data = bytearray(buffer.getvalue())
+        data[len(data) // 2 : len(data) // 2 + lost] = bytes(lost)
+        return np.asarray(Image.open(io.BytesIO(data))).reshape(image.shape)
+
+    return spoil
+
+
 SPOILT: dict[str, Callable[[UInt8], UInt8]] = {
     "nothing": np.asarray,
     "black, with noise of 0 to 2 levels": _black,
@@ -297,6 +312,8 @@ SPOILT: dict[str, Callable[[UInt8], UInt8]] = {
     "lower half black": _lower_half(0),
     "lower half gray": _lower_half(128),
     "8 rows gray": _rows_lost,
+    "JPEG, quality 90": _jpeg(0),
+    "JPEG, 400 bytes of it zeroed": _jpeg(400),
 }
 
 

@@ -49,7 +49,7 @@ def underexposed(image: UInt8) -> UInt8:
 
 
 def overexposed(image: UInt8) -> UInt8:
-    return np.clip(image.astype(int) * 2, 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(image.astype(int) * 2, 0, 255), dtype=np.uint8)
 
 
 def hazy(image: UInt8) -> UInt8:
@@ -59,7 +59,7 @@ def hazy(image: UInt8) -> UInt8:
 def out_of_focus(image: UInt8) -> UInt8:
     shifts = [(down, across) for down in range(-2, 3) for across in range(-2, 3)]
     shifted = np.stack([np.roll(image, shift, axis=(0, 1)) for shift in shifts])
-    return shifted.mean(axis=0).astype(np.uint8)
+    return np.asarray(shifted.mean(axis=0), dtype=np.uint8)
 
 
 def noisy(image: UInt8) -> UInt8:
@@ -85,9 +85,15 @@ def dead_row(image: UInt8) -> UInt8:
     return image
 
 
+def torn(image: UInt8) -> UInt8:
+    image = image.copy()
+    image[40:] = np.roll(image[40:], SIDE // 4, axis=1)
+    return image
+
+
 FAULTS = (
     black, white, underexposed, overexposed, hazy, out_of_focus, noisy, half_gray,
-    rows_of_blocks_lost, dead_row,
+    rows_of_blocks_lost, dead_row, torn,
 )  # fmt: skip
 
 
@@ -105,11 +111,25 @@ FAULTS = (
         (half_gray, "dropped-blocks"),
         (rows_of_blocks_lost, "dropped-blocks"),
         (dead_row, "dead-line"),
+        (torn, "torn"),
     ],
 )
 def test_a_fault_alarms_under_its_name(spoil: Callable[[UInt8], UInt8], word: str) -> None:
     for number in range(500, 510):
         assert word in words(spoil(frame(number)), alarming=True)
+
+
+def test_a_jpeg_file_with_zeroed_bytes_that_decoders_take_is_noticed() -> None:
+    noticed = 0
+    for number in range(20):
+        buffer = io.BytesIO()
+        Image.fromarray(frame(number)[:, :, 0]).save(buffer, "JPEG", quality=90)
+        data = bytearray(buffer.getvalue())
+        whole = np.asarray(Image.open(io.BytesIO(data)))[:, :, None]
+        assert "torn" not in words(whole)
+        data[len(data) // 2 : len(data) // 2 + 200] = bytes(200)
+        noticed += "torn" in words(np.asarray(Image.open(io.BytesIO(data)))[:, :, None])
+    assert noticed >= 18
 
 
 def test_images_in_order_alarm_nowhere_and_are_seldom_noticed() -> None:

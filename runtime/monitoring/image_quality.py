@@ -17,6 +17,7 @@ Floats = npt.NDArray[np.floating]
 
 STATISTICS = (
     "brightness", "contrast", "black", "saturated", "sharpness", "noise", "flat", "lines",
+    "rows",
 )  # fmt: skip
 """What is measured, in the order of ``measure``."""
 
@@ -80,10 +81,12 @@ def _log(values: Floats) -> Floats:
 _BOUNDED = _Scale(_logit, _levels, 0.05)
 _RATIO = _Scale(_log, np.exp, 0.05)
 _SHARE = _Scale(np.asarray, np.asarray, 0.0025)
+_CORRELATION = _Scale(np.asarray, np.asarray, 0.1)
 
 _SCALES = {
     "brightness": _BOUNDED, "contrast": _RATIO, "black": _SHARE, "saturated": _SHARE,
     "sharpness": _RATIO, "noise": _RATIO, "flat": _SHARE, "lines": _RATIO,
+    "rows": _CORRELATION,
 }  # fmt: skip
 
 
@@ -106,17 +109,20 @@ _FAULTS = (
     _Fault("noisy", "noise", "above", "noise of {:.2f} levels"),
     _Fault("dropped-blocks", "flat", "above", "{:.1%} of the picture is one flat level"),
     _Fault("dead-line", "lines", "above", "a row or column that is {:.1f} levels off"),
+    _Fault("torn", "rows", "below", "correlation of {:.2f} between rows next to each other"),
 )
 
 
 def measure(image: UInt8) -> Float64:
-    """The STATISTICS ``[8]`` of ``image``, uint8 ``[H, W, C]`` as the model sees it.
+    """The STATISTICS ``[9]`` of ``image``, uint8 ``[H, W, C]`` as the model sees it.
 
     Brightness and contrast are mean and standard deviation in levels; black, saturated and flat
     are shares of the pixels, flat being those in a 4 x 4 square of one level below white: white
-    ones are saturated, which has its own statistic. Sharpness is the mean
-    absolute Laplacian over the mean level, so that exposure does not move it. Noise is Immerkær's
-    estimate (1996) in levels; lines is how far a row's or column's mean is off its neighbours'.
+    ones are saturated, which has its own statistic. Sharpness is the mean absolute Laplacian over
+    the mean level, so that exposure does not move it. Noise is Immerkær's estimate (1996) in
+    levels; lines is how far a row's or column's mean is off its neighbours'. Rows is the least
+    correlation between pairs of rows with one row between them: where a decoder has lost its place
+    what follows is shifted sideways.
     """
     gray = _gray(image)
     across, down = np.diff(gray, axis=1), np.diff(gray, axis=0)
@@ -128,12 +134,13 @@ def measure(image: UInt8) -> Float64:
         [
             brightness,
             gray.std(),
-            np.mean(gray <= _CLIPPED),
-            np.mean(gray >= 255 - _CLIPPED),
+            np.count_nonzero(gray <= _CLIPPED) / gray.size,
+            np.count_nonzero(gray >= 255 - _CLIPPED) / gray.size,
             detail / (brightness + 1.0),
             grain * np.sqrt(np.pi / 2) / 6,
             _flat_share(gray, across, down),
             max(_line(gray.mean(axis=1)), _line(gray.mean(axis=0))),
+            _least_correlation(gray),
         ]
     )
 
@@ -156,15 +163,22 @@ def _flat_share(gray: Int16, across: Int16, down: Int16) -> float:
     square = wide[:height].copy()
     for step in steps:
         square &= wide[step : step + height]
-    return float(square.mean())
+    return float(np.count_nonzero(square) / square.size)
 
 
 def _line(means: Float64) -> float:
     return float(np.abs(means[1:-1] - (means[:-2] + means[2:]) / 2).max())
 
 
+def _least_correlation(gray: Int16) -> float:
+    pairs = (gray[:-1] + gray[1:]).astype(np.float32)
+    pairs -= pairs.mean(axis=1, keepdims=True)
+    pairs /= np.sqrt(np.square(pairs).mean(axis=1, keepdims=True)) + 1e-3  # a row may be flat
+    return float((pairs[:-3] * pairs[3:]).mean(axis=1).min())
+
+
 def limits_of(samples: Floats) -> dict[str, Limits]:
-    """The limits by name, from ``samples [N, 8]`` of images of the field that are in order.
+    """The limits by name, from ``samples [N, 9]`` of images of the field that are in order.
 
     A few that are not in order do no harm: the TAIL at each end only says where it begins. Limits
     lie NOTICED and ALARMING times as far from the median as that, on a scale of each statistic's
