@@ -28,7 +28,7 @@ from benchmarks.broker import Broker, Reader
 from benchmarks.harness import Options, Report, Table
 from benchmarks.power_cuts import Disk
 from runtime.errors import DataError
-from runtime.line.mqtt import Patience, Sender
+from runtime.line.mqtt import WINDOW, Patience, Sender
 from runtime.line.outbox import Outbox, Synchronous, Unkept, is_whole
 from runtime.line.verdict import Finding, Verdict
 
@@ -47,7 +47,8 @@ NORMAL = "power cuts, synchronous=NORMAL"
 SYNCS_MS = (0, 2, 5, 20, 50)
 _BACK_LOG = 200
 """Records that are left unsent, so that there is something to lose."""
-_LONGEST_S = 0.03
+_MOST, _LONGEST_S = 60, 0.03
+"""Records before a cut, and seconds from the last of them to the cut, at most."""
 _SOON = Patience(first=0.05, longest=0.5, aside=1.0)
 
 Violation = Literal["file damaged", "acknowledged record lost", "number given twice or left out"]
@@ -67,7 +68,7 @@ class Cut(NamedTuple):
 class Word(NamedTuple):
     """What a process that works on an outbox says."""
 
-    what: Literal["kept", "marking", "marked"]
+    what: Literal["kept", "marking"]
     seq: int
 
 
@@ -113,7 +114,10 @@ def _cuts(folder: Path, synchronous: Synchronous, cuts: int) -> Iterator[Cut]:
             for worker in workers:
                 worker.start()
             mouth.close()
-            words = [ear.recv() for _ in range(draw.randint(1, 40))]
+            words: list[Word] = []
+            begun = draw.randint(1, _MOST)
+            while sum(word.what == "kept" for word in words) < begun:
+                words.append(ear.recv())
             time.sleep(draw.uniform(0, _LONGEST_S))
             while ear.poll():
                 words.append(ear.recv())
@@ -137,13 +141,15 @@ def append(path: Path, synchronous: Synchronous, mouth: Connection) -> None:
 
 
 def mark(path: Path, synchronous: Synchronous, mouth: Connection) -> None:
-    """The sender: mark the oldest as sent, saying each before and after."""
+    """The sender: mark the oldest as sent, saying so before."""
+    draw = random.Random(os.getpid())
     with Outbox(path, DEVICE, synchronous="NORMAL", tell=_say_nothing) as outbox:
         while True:
-            for row in outbox.unsent(max(0, outbox.rows - _BACK_LOG)):
-                mouth.send(Word("marking", row.seq))
-                if outbox.sent(row.seq) is None:
-                    mouth.send(Word("marked", row.seq))
+            surplus = max(0, outbox.rows - _BACK_LOG)
+            seqs = [row.seq for row in outbox.unsent(min(surplus, draw.randint(1, WINDOW)))]
+            for seq in seqs:
+                mouth.send(Word("marking", seq))
+            outbox.sent(*seqs)
             time.sleep(0.001)
 
 
@@ -154,7 +160,7 @@ def _say_nothing(sentence: str) -> None:
 def look(path: Path, words: list[Word], given: set[int]) -> Cut:
     """What is there after ``words`` were said; ``given`` goes from one cut to the next."""
     kept = {word.seq for word in words if word.what == "kept"}
-    marked = {word.seq for word in words if word.what != "kept"}
+    marked = {word.seq for word in words if word.what == "marking"}
     said: list[str] = []
     with Outbox(path, DEVICE, tell=said.append) as outbox:
         counts = outbox.counts()

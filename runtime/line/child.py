@@ -97,8 +97,9 @@ class Child:
         pipe = subprocess.PIPE
         try:
             process = subprocess.Popen(
-                self._command, stdin=pipe, stdout=pipe, bufsize=0, env=self._environment
-            )
+                self._command, stdin=pipe, stdout=pipe, bufsize=0, env=self._environment,
+                start_new_session=True,  # Ctrl-C is the loop's, which then ends its lifeline
+            )  # fmt: skip
         except OSError as error:  # no memory, no more processes: later, perhaps
             self._tell(f"{self.module} cannot be started: {error}")
             return
