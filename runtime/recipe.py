@@ -490,7 +490,9 @@ def _describe(kind: Any) -> str:
         items = get_args(bare)
         return "a list" if items[-1] is Ellipsis else f"a list of {len(items)} values"
     words = _WORDS[bare]
-    metas = [meta for meta in get_args(kind)[1:] if isinstance(meta, msgspec.Meta)]
+    # Of what may also be left out, the limits are those of what may be given.
+    parts = [part for part in (kind, *get_args(kind)) if get_origin(part) is Annotated]
+    metas = [m for part in parts for m in get_args(part) if isinstance(m, msgspec.Meta)]
     limits = [
         f"{word} {getattr(meta, name):.12g}"
         for meta in metas

@@ -85,6 +85,10 @@ REFUSED = [
         LEAST + "[source]\nepochs = true",
         "[source.epochs]: expected a whole number, at least 1, got true",
     ),
+    (
+        LEAST + "[export]\nmax_error_accepted = 2",
+        "[export.max_error_accepted]: expected a number, above 0 and below 0.5, got 2",
+    ),
     (LEAST + "[input]\nsize = 224", "[input.size]: expected a list of 2 values, got 224"),
     ("train = 1\n" + LEAST, "[train]: expected a table, got 1"),
     (LEAST + "target = 1", "[data.target]: expected text, got 1"),
