@@ -1,18 +1,23 @@
 """The status page as a person sees it, in headless Chromium: one browser for all of it."""
 
+import os
 import re
+import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from runtime.line.page import snapshot
 from runtime.line.page.snapshot import Board
 from runtime.line.verdict import Finding
 from tests.boards import condition, image, published, rewrite, verdict
 from tests.browser import Browser, browser
+from tests.model_zips import model_zip
 from tests.test_page_server import ATTACK, page
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -176,6 +181,42 @@ def test_it_fits_a_phone_and_a_desk(state: Path, chrome: Browser, url: str, text
         cut = chrome.run("""[...document.querySelectorAll("section")].filter(
             s => s.scrollWidth > s.clientWidth + 1).map(s => s.id || s.className)""")
         assert cut == [], f"cut off at {width}"
+
+
+def test_a_line_that_is_killed_takes_its_page_along_and_the_next_one_tells(
+    tmp_path: Path, chrome: Browser
+) -> None:
+    """The first command of docs/page.md, as written but for its port, on a small bundle."""
+    text = (ROOT / "docs" / "page.md").read_text()
+    (command,) = re.findall(r"^fieldfit (watch .*)$", text, re.MULTILINE)
+    *words, _ = shlex.split(command)
+    (tmp_path / "build" / "solar").mkdir(parents=True)
+    archive = model_zip(tmp_path, "1", labels=("functional", "defective", "c", "d"))
+    archive.rename(tmp_path / "build" / "solar" / "bundle")
+    (tmp_path / "inbox").mkdir()
+    Image.fromarray(image(120)[..., 0]).save(tmp_path / "inbox" / "one.png")
+    state = tmp_path / "state"
+    with subprocess.Popen(
+        [sys.executable, "-m", "runtime", *words, "127.0.0.1:0", "--state", str(state),
+         "--threads", "1"],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    ) as line:  # fmt: skip
+        try:
+            assert line.stderr is not None
+            said = next(text for text in line.stderr if "the page is at" in text)
+            chrome.open(said.split()[-1])
+            chrome.until("""document.querySelectorAll(".strip li:not(.empty)").length === 1""")
+            chrome.until("[...document.images].some(i => i.naturalWidth > 0)")
+            assert chrome.problems == []
+        finally:
+            line.kill()
+    # The page beside it ended with it. One that is started seconds later tells that it is dead.
+    rewrite(state, monotonic=time.monotonic() - 6)
+    with page(state) as port:
+        chrome.open(f"http://127.0.0.1:{port}/")
+        chrome.until("""document.title.startsWith("Stale")""")
+        assert chrome.run("document.querySelector('.newest').innerText").startswith("No current")
 
 
 def test_light_and_dark_follow_the_user(state: Path, chrome: Browser, url: str) -> None:

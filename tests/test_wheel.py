@@ -34,6 +34,9 @@ def test_the_wheel_holds_the_four_rooms_and_nothing_else(wheel: Path) -> None:
     rooms = {name.partition("/")[0] for name in names if ".dist-info" not in name}
     assert rooms == {"train", "calibration", "export", "runtime"}
     assert "train/recipes/solar.toml" in names
+    assert {f"runtime/line/page/{file}" for file in ("page.css", "page.js", "icon.svg")} <= set(
+        names
+    )
     assert not [n for n in names if n.endswith((".pyc", ".png", ".onnx", ".pth"))]
     assert any(n.endswith("licenses/LICENSE") for n in names)
 
