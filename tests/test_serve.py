@@ -2,16 +2,19 @@
 curl's kind of request; who may ask; and how it begins and ends.
 """
 
+import contextlib
 import datetime
 import io
 import ipaddress
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -27,9 +30,9 @@ from runtime.classifier import Classifier
 from runtime.delivery.slots import Slots
 from runtime.errors import ServeError
 from runtime.serving import access
-from runtime.serving.gate import Limits
+from runtime.serving.gate import MIB, Limits
 from tests.model_zips import SIZE, looping, model_zip
-from tests.serving_client import PATIENCE_S, Client, Running, ask, infer_body, inside, started
+from tests.serving_client import PATIENCE_S, ROOT, Client, Running, ask, infer_body, inside, started
 from tests.test_engines import CHANNELS
 
 with warnings.catch_warnings():
@@ -363,7 +366,7 @@ def test_a_picture_that_would_take_too_much_memory_is_refused(running: Running) 
     reply = ask(running.url, "POST", "/classify", file.getvalue())
 
     assert reply.status == 413
-    assert "8,388,608 pixels of RGBA in PNG, got 16,000,000" in reply.error
+    assert "6,990,506 pixels of RGBA in PNG, got 16,000,000" in reply.error
 
 
 def test_promtool_accepts_the_metrics(running: Running) -> None:
@@ -631,8 +634,6 @@ def test_a_device_without_a_slot(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_a_missing_extra_is_named(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import sys
-
     for module in [name for name in sys.modules if name.startswith("runtime.serving.")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "starlette.applications", None)
@@ -663,3 +664,76 @@ def test_an_update_arrives_between_two_batches(tmp_path: Path) -> None:
             versions.add(reply.json["model_version"])
         assert client.ask("GET", "/v2/models/tiny").json["versions"] == ["2"]
         assert client.ask("GET", "/v2/models/tiny/versions/1").status == 404
+
+
+# --- its page
+
+
+PAGE = (ROOT / "docs" / "serve.md").read_text()
+
+
+def page_commands() -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
+    return [line for block in blocks for line in block.strip().splitlines()]
+
+
+def test_the_commands_of_the_page_are_commands(
+    bundle: Path, pki: Pki, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the order of the page; each service answers until the next one starts."""
+    if shutil.which("curl") is None or shutil.which("openssl") is None:
+        pytest.skip("no curl or openssl here: apt install curl openssl")
+    (tmp_path / "cell.png").write_bytes(encoded(pictures(1)[0]))
+    for name, path in (("device.pem", pki.server.cert), ("device.key", pki.server.key)):
+        shutil.copy(path, tmp_path / name)
+    shutil.copy(pki.authority, tmp_path / "plant.pem")
+    monkeypatch.chdir(tmp_path)
+    said = []
+    with contextlib.ExitStack() as stack:
+        url = ""
+        for command in page_commands():
+            if command.startswith("pip install"):
+                continue  # tests/test_wheel.py
+            if command.startswith("fieldfit serve "):
+                stack.close()
+                words = command.replace("build/solar/bundle", str(bundle)).split()[2:]
+                url = stack.enter_context(started(*words)).url.replace("0.0.0.0", "127.0.0.1")
+            else:
+                done = subprocess.run(
+                    ["bash", "-ec", command.replace("http://127.0.0.1:8000", url)],
+                    capture_output=True, text=True, check=True,
+                )  # fmt: skip
+                said.append(done.stdout)
+    assert url.startswith("https://")
+    assert set(json.loads(said[0])) == set(
+        json.loads(re.findall(r"```json\n(.*?)```", PAGE, re.S)[0])
+    )
+    assert json.loads(said[-1])["name"] == "fieldfit"
+
+
+def test_the_python_of_the_page_runs(
+    running: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    (tmp_path / "cell.png").write_bytes(encoded(pictures(1)[0]))
+    code = code.replace("127.0.0.1:8000", running.url.removeprefix("http://"))
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace('"solar"', '"tiny"')],
+        capture_output=True, text=True, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().startswith("[b'")
+
+
+def test_every_path_output_and_metric_of_the_page_is_there(running: Running) -> None:
+    text = ask(running.url, "GET", "/metrics").body.decode()
+    for name in re.findall(r"`(fieldfit_[a-z_]+)", PAGE):
+        assert f"# TYPE {name} " in text, name
+    limits = Limits()
+    for shown in (
+        f"{limits.body_bytes // MIB} MiB (`--max-body`)", f"{limits.held_bytes // MIB} MiB |",
+        f"{limits.work_bytes // MIB} MiB: {limits.work_bytes // 8 // 10**6} megapixels of RGB",
+        f"| {limits.images} |", f"| {limits.places} |", f"| {limits.connections} |",
+        f"| {limits.client_s:g} s |",
+    ):  # fmt: skip
+        assert shown in PAGE, shown

@@ -15,10 +15,10 @@ from runtime.serving.gate import Held, Workspace
 from runtime.serving.protocol import InferRequest, json_length, parse
 from runtime.serving.refusal import Refusal, bad_request
 
-_JSON_COST = 10
-"""Bytes that a byte of JSON may become while it is parsed: ``{},`` is an object of Python's."""
+_JSON_COST = 6
+"""Bytes that a byte of JSON may become while it is parsed, as measured by benchmarks/serving.py."""
 
-_PIXEL_COST = {"L": 6, "RGB": 9}
+_PIXEL_COST = {"L": 6, "RGB": 8}
 """Bytes that a pixel may take at its worst, by Pillow's mode: RGB is kept in four, and what turns a
 picture upright copies it."""
 

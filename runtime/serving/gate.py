@@ -19,9 +19,9 @@ class Limits(NamedTuple):
 
     body_bytes: int = 16 * MIB
     """Of one request."""
-    held_bytes: int = 48 * MIB
+    held_bytes: int = 32 * MIB
     """Bodies and decoded images of all requests together."""
-    work_bytes: int = 192 * MIB
+    work_bytes: int = 160 * MIB
     """What decoding may take at any time, by estimate."""
     places: int = 32
     """Requests that are whole and wait for their answer."""
