@@ -128,7 +128,7 @@ def test_another_folder_may_be_named(tmp_path: Path, folder: EvidenceFolder) -> 
     moved = folder.path.rename(tmp_path / "elsewhere")
     out = tmp_path / "one.zip"
     assert main(
-        ["collect", "--state", str(tmp_path), "--evidence", str(moved), "--out", str(out)]
+        ["collect", str(moved), "--state", str(tmp_path), "--out", str(out)]
     ) == 0  # fmt: skip
     assert frames(out) == [0, 1, 2, 3, 4]
 

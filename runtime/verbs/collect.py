@@ -29,7 +29,14 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         "each, into one file. The next call packs only what came since; the images stay until "
         "newer ones need their room. May run while fieldfit watch does. Interrupted, it leaves "
         "nothing behind, and the same command begins again.",
-        example="fieldfit collect --out line3.zip",
+        example="fieldfit collect evidence --out line3.zip",
+    )
+    parser.add_argument(
+        "folder",
+        nargs="?",
+        type=Path,
+        metavar="FOLDER",
+        help="as fieldfit watch --evidence was told; default evidence in the state folder",
     )
     parser.add_argument(
         "--out",
@@ -38,19 +45,13 @@ def add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         help="the file to write; default evidence-DEVICE-TIME.zip in this folder",
     )
     parser.add_argument("--all", action="store_true", help="pack what was packed before as well")
-    parser.add_argument(
-        "--evidence",
-        type=Path,
-        metavar="FOLDER",
-        help="as fieldfit watch was told; default evidence in the state folder",
-    )
     add_state_option(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """1 if an image or a record was found damaged, else 0."""
     state: Path = options.state or default_folder()
-    folder: Path = options.evidence or state / FOLDER
+    folder: Path = options.folder or state / FOLDER
     known, problems = read_records(folder) if folder.is_dir() else ([], [])
     waiting = [record for record, packed in known if options.all or not packed]
     if not waiting:
