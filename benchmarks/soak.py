@@ -76,11 +76,11 @@ def report(outcome: Outcome, minutes: float) -> Report:
     slope = slope_mb_per_hour(outcome.memory)
     inspection = _percentiles(outcome.inspection_ms)
     whole = _percentiles(outcome.end_to_end_ms)
-    first, last = outcome.memory[0].rss_mb, outcome.memory[-1].rss_mb
+    course = [round(sample.rss_mb, 1) for sample in _tenths(outcome.memory)]
     rows = (
         ("frames", f"{outcome.sent:,}"),
         ("wrong or missing verdicts", f"{len(wrong)}"),
-        ("memory at the start and at the end, MB", f"{first:.0f}, {last:.0f}"),
+        ("memory after each tenth, MB", ", ".join(f"{megabytes:.0f}" for megabytes in course)),
         ("memory grows by, MB an hour", f"{slope:.1f}"),
         ("inspection p50, p99, ms", f"{inspection[0]:.2f}, {inspection[1]:.2f}"),
         ("inspection p99 / p50", f"{inspection[1] / inspection[0]:.2f}"),
@@ -99,12 +99,16 @@ def report(outcome: Outcome, minutes: float) -> Report:
     )
     figures: dict[str, object] = {
         "minutes": minutes, "frames": outcome.sent, "errors": wrong,
-        "rss_mb": [first, last], "slope_mb_per_hour": slope,
+        "rss_mb": course, "slope_mb_per_hour": slope,
         "inspection_ms": dict(zip(("p50", "p99"), inspection, strict=True)),
         "end_to_end_ms": dict(zip(("p50", "p99"), whole, strict=True)),
         "exit_code": outcome.exit_code,
     }  # fmt: skip
     return Report(title="Soak", tables=(table,), figures=figures)
+
+
+def _tenths(memory: Sequence[Sample]) -> list[Sample]:
+    return [memory[min(len(memory) * tenth // 10, len(memory) - 1)] for tenth in range(11)]
 
 
 def errors(outcome: Outcome) -> list[str]:
