@@ -50,18 +50,17 @@ class Series(NamedTuple):
 
 def measure(options: Options) -> Report:
     """Lose each camera again and again. Raises DataError where libaravis is missing."""
-    from tests.cameras import GIGE_ADDRESS, GigECamera, WebCamera, write_video
+    from tests.cameras import GigECamera, WebCamera, write_video
 
     count = QUICK_CYCLES if options.quick else CYCLES
-    gige = f"aravis:{GIGE_ADDRESS}"
     with tempfile.TemporaryDirectory(prefix="camera-loss-") as folder:
         video = write_video(Path(folder) / "numbers.avi", 100)
         with GigECamera() as camera:
-            series = [lose("GigE Vision, killed", gige, count, camera.vanish, camera.come)]
+            series = [lose("GigE Vision, killed", camera.source, count, camera.vanish, camera.come)]
         for title, hangs in (("web camera, killed", False), ("web camera, hangs", True)):
             with WebCamera(video) as camera:
                 go, come = (camera.hang, camera.go_on) if hangs else (camera.vanish, camera.come)
-                series.append(lose(title, camera.url, count, go, come))
+                series.append(lose(title, camera.source, count, go, come))
     return _report(series)
 
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Self
 
 import cv2
 import numpy as np
@@ -52,13 +53,14 @@ def free_port() -> int:
 
 
 class CameraThere:
-    """A camera process that can be taken away and brought back."""
+    """A camera process that can be taken away and brought back; ``source`` is what to open."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, source: str, *arguments: str) -> None:
+        self.source = source
         self._arguments = arguments
         self._process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> "CameraThere":
+    def __enter__(self) -> Self:
         self.come()
         return self
 
@@ -96,16 +98,15 @@ class WebCamera(CameraThere):
     """Plays ``video`` again and again, ``fps`` frames a second."""
 
     def __init__(self, video: Path, fps: float = 25.0) -> None:
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}/stream.mjpg"
-        super().__init__("web", str(video), str(fps), str(self.port))
+        port = str(free_port())
+        super().__init__(f"http://127.0.0.1:{port}/stream.mjpg", "web", str(video), str(fps), port)
 
 
 class GigECamera(CameraThere):
     """Aravis' fake camera: 512x512, 25 frames a second, on the loopback interface."""
 
     def __init__(self) -> None:
-        super().__init__("gige")
+        super().__init__(f"aravis:{GIGE_ADDRESS}", "gige")
 
 
 def gige_is_here() -> bool:
@@ -169,4 +170,7 @@ def _gige() -> None:
 
 
 if __name__ == "__main__":
-    {"web": _web, "gige": _gige}[sys.argv[1]](*sys.argv[2:])
+    if sys.argv[1] == "web":
+        _web(*sys.argv[2:])
+    else:
+        _gige()

@@ -260,7 +260,7 @@ def test_a_refused_bundle_is_json_too(bundle: Path, capsys: pytest.CaptureFixtur
 
 
 def test_hidden_files_are_skipped_as_in_training(tmp_path: Path) -> None:
-    from runtime.verbs.classify import find_images
+    from runtime.sources.files import find_images
 
     for name in ("a.png", ".hidden.png", ".cache/b.png", "folder.png/c.png", "notes.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,9 @@ BASE = {"numpy", "PIL", "msgspec", "tqdm", "onnxruntime"}
 """What a device installs; pyproject's dependencies by their import names."""
 FLEET = {"tuf", "securesystemslib", "cryptography", "urllib3", "paho"}
 """What the extras ``fleet`` and ``mqtt`` bring."""
-LAZY = {"tensorrt", "tensorrt_rtx", "tomllib", "tomli"} | FLEET
+CAMERA = {"cv2"}
+"""What the extra ``camera`` brings."""
+LAZY = {"tensorrt", "tensorrt_rtx", "tomllib", "tomli"} | FLEET | CAMERA
 """What runtime may import inside a function: a device may have it."""
 
 
@@ -72,7 +74,7 @@ assert not any(sys.modules.get(n) for n in {blocked} + ["train", "export", "cali
 
 
 def test_importing_the_face_loads_no_engine_library_and_no_extra() -> None:
-    names = sorted({"tensorrt", "tensorrt_rtx", "torch", "onnx"} | FLEET)
+    names = sorted({"tensorrt", "tensorrt_rtx", "torch", "onnx"} | FLEET | CAMERA)
     code = f"import sys, runtime; print([n for n in {names} if n in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True

@@ -33,6 +33,7 @@ MAY_START_PROCESSES = {
     "runtime/trials.py": "libraries that may crash or hang are tried apart; fixed arguments",
     "runtime/delivery/activation.py": "a new slot is proven apart: a crash or a hang is a reason",
     "runtime/delivery/live.py": "ends the proof of a new slot when closed; starts none itself",
+    "runtime/sources/camera_child.py": "a driver or decoder may crash or hang; ours, no arguments",
     "runtime/line/child.py": "brokers and PLCs must not hold the loop up; ours, fixed arguments",
     "export/pipeline.py": "asks git which commit this is; fixed arguments",
 }

@@ -96,6 +96,10 @@ def is_running(pid: int) -> bool:
         return False
 
 
+def descriptors() -> list[str]:
+    return sorted(path.name for path in Path("/proc/self/fd").iterdir())
+
+
 def wait_until(true: Callable[[], bool]) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not true():
@@ -162,19 +166,15 @@ def cameras() -> list[object]:
     ]
 
 
-def there(kind: str, video: Path) -> tuple[CameraThere, str]:
-    if kind == "gige":
-        return GigECamera(), f"aravis:{GIGE_ADDRESS}"
-    web = WebCamera(video)
-    return web, web.url
+def there(kind: str, video: Path) -> CameraThere:
+    return GigECamera() if kind == "gige" else WebCamera(video)
 
 
 @pytest.mark.parametrize("kind", cameras())
 def test_a_camera_that_vanishes_is_lost_and_its_frames_come_again_when_it_is_back(
     kind: str, video: Path
 ) -> None:
-    camera, text = there(kind, video)
-    with camera, Watching(text) as watching:
+    with there(kind, video) as camera, Watching(camera.source) as watching:
         before = watching.good(5)
         for _ in range(2):
             camera.vanish()
@@ -192,11 +192,11 @@ def test_a_camera_that_vanishes_is_lost_and_its_frames_come_again_when_it_is_bac
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", cameras())
 def test_a_camera_that_hangs_is_lost_too(kind: str, video: Path) -> None:
     """Its connections stay open, and nothing comes through them."""
-    camera, text = there(kind, video)
-    with camera, Watching(text) as watching:
+    with there(kind, video) as camera, Watching(camera.source) as watching:
         watching.good(5)
         camera.hang()
         lost = watching.lost()
@@ -209,7 +209,7 @@ def test_a_camera_that_hangs_is_lost_too(kind: str, video: Path) -> None:
 def test_a_camera_s_process_that_crashes_or_hangs_is_replaced(
     number: signal.Signals, video: Path
 ) -> None:
-    with WebCamera(video) as camera, Watching(camera.url) as watching:
+    with WebCamera(video) as camera, Watching(camera.source) as watching:
         watching.good(5)
         first = watching.camera.pid
         assert first is not None
@@ -223,10 +223,11 @@ def test_a_camera_s_process_that_crashes_or_hangs_is_replaced(
         assert not is_running(first)
 
 
+@pytest.mark.slow
 @needs_aravis
 def test_a_gige_camera_s_process_that_is_killed_leaves_no_camera_that_nobody_can_open() -> None:
     """The camera belongs to the dead one until its heartbeat is missed."""
-    with GigECamera(), Watching(f"aravis:{GIGE_ADDRESS}") as watching:
+    with GigECamera() as camera, Watching(camera.source) as watching:
         watching.good(5)
         assert watching.camera.pid is not None
         os.kill(watching.camera.pid, signal.SIGKILL)
@@ -246,19 +247,19 @@ def test_a_gige_camera_is_let_go_of_so_that_the_next_one_has_it_at_once() -> Non
 @pytest.mark.parametrize(
     ("settings", "shape", "dtype"),
     [
-        ("Width=256&Height=128", (128, 256), np.uint8),
-        ("PixelFormat=Mono16", (512, 512), np.uint16),
-        ("PixelFormat=RGB8", (512, 512, 3), np.uint8),
-        ("PixelFormat=BayerRG8", (512, 512, 3), np.uint8),
+        ("Width=256&Height=128", (128, 256), "uint8"),
+        ("PixelFormat=Mono16", (512, 512), "uint16"),
+        ("PixelFormat=RGB8", (512, 512, 3), "uint8"),
+        ("PixelFormat=BayerRG8", (512, 512, 3), "uint8"),
     ],
 )
 def test_genicam_features_are_set_and_pixels_come_as_gray_or_rgb(
-    settings: str, shape: tuple[int, ...], dtype: type[np.generic]
+    settings: str, shape: tuple[int, ...], dtype: str
 ) -> None:
     with GigECamera(), Watching(f"aravis:{GIGE_ADDRESS}?{settings}") as watching:
         (frame,) = watching.good()
     assert isinstance(frame.image, np.ndarray)
-    assert (frame.image.shape, frame.image.dtype) == (shape, dtype)
+    assert (frame.image.shape, str(frame.image.dtype)) == (shape, dtype)
     assert frame.image.std() > 1
 
 
@@ -273,7 +274,7 @@ def test_a_camera_that_waits_for_its_trigger_is_not_lost_until_it_is() -> None:
     waits = f"aravis:{GIGE_ADDRESS}?TriggerMode=On&TriggerSource=Software"
     with GigECamera() as camera, Watching(waits) as watching:
         with pytest.raises(queue.Empty):
-            watching.frames.get(timeout=3)  # three times what a camera without trigger may be still
+            watching.frames.get(timeout=2)  # a camera without trigger may not be still so long
         camera.vanish()
         assert "no frame yet" in watching.lost().fault
 
@@ -284,7 +285,6 @@ def test_a_camera_that_waits_for_its_trigger_is_not_lost_until_it_is() -> None:
         ("rtsp://127.0.0.1:{port}/live", "OpenCV cannot open it"),
         ("/dev/video63", "OpenCV cannot open it"),
         ("gst:videotestsrc ! appsink", "without GStreamer"),
-        pytest.param("aravis:127.0.0.1", "Can't connect to device", marks=needs_aravis),
         pytest.param("aravis:Nobody-1", "not found", marks=needs_aravis),
     ],
 )
@@ -302,7 +302,6 @@ def test_an_address_where_somebody_listens_and_says_nothing_is_given_up(
     port = free_port()
     with socket.create_server(("127.0.0.1", port)), Watching(f"rtsp://127.0.0.1:{port}/") as silent:
         first = silent.lost()
-        wait_until(lambda: silent.camera.restarts >= 2)
     assert first.fault == "camera lost: no frame yet"
 
 
@@ -311,36 +310,40 @@ def test_an_address_where_somebody_listens_and_says_nothing_is_given_up(
 
 def test_a_slow_consumer_gets_new_frames_and_is_told_of_the_dropped_ones(video: Path) -> None:
     with WebCamera(video, fps=100) as there:
-        camera = open_source(there.url, state=Path("/nowhere"))
+        camera = open_source(there.source, state=Path("/nowhere"))
         assert isinstance(camera, Camera)
         frames = []
         for frame in camera:
             frames.append(frame)
-            time.sleep(0.2)
-            assert time.monotonic() - frame.monotonic < 1.0 + 0.2
-            if len(frames) == 15:
+            time.sleep(0.15)
+            if len(frames) == 12:
                 break
         camera.close()
     numbers = [int(frame.id.rpartition("-")[2]) for frame in frames if frame.image is not None]
     assert numbers == sorted(set(numbers))
     assert camera.dropped == numbers[-1] - len(numbers)
-    assert camera.dropped > 100
+    assert camera.dropped > 50
     told = [frame for frame in frames if frame.image is None]
     assert "frames up to this one were dropped" in told[0].fault
     assert 1 <= len(told) <= 5
 
 
 def test_closing_ends_process_and_iteration_also_while_no_frame_comes(video: Path) -> None:
+    open_before = descriptors()
     with WebCamera(video) as camera:
-        watching = Watching(camera.url)
+        watching = Watching(camera.source)
         with watching:
             watching.good(3)
+            assert watching.camera.pid is not None
+            os.kill(watching.camera.pid, signal.SIGKILL)
+            watching.since(watching.lost().monotonic)
             pid = watching.camera.pid
             camera.hang()
         assert pid is not None
         assert not is_running(pid)
         assert watching.camera.pid is None
         assert list(watching.camera) == []
+    assert descriptors() == open_before
 
 
 @pytest.mark.parametrize("stopped", [False, True], ids=["reading", "stopped"])
@@ -349,7 +352,7 @@ def test_the_camera_s_process_dies_with_its_parent(stopped: bool, video: Path) -
         code = f"""
 from pathlib import Path
 from runtime.sources import open_source
-camera = open_source({camera.url!r}, state=Path("/nowhere"))
+camera = open_source({camera.source!r}, state=Path("/nowhere"))
 for frame in camera:
     print(camera.pid, flush=True)
 """

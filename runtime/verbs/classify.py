@@ -1,16 +1,14 @@
 """``fieldfit classify``: one line for each image."""
 
 import argparse
-import glob
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 
 from runtime.errors import DataError
-from runtime.preprocess import IMAGE_SUFFIXES
+from runtime.sources.files import find_images
 from runtime.verbs.options import add_engine_options, add_verb, request
 
 
@@ -57,27 +55,3 @@ def run(options: argparse.Namespace) -> int:
                 mark = " (abstained)" if answer.abstained else ""
                 print(f"{answer.label}\t{answer.score:.4f}\t{path}{mark}", flush=True)
     return 1 if failed else 0
-
-
-def find_images(places: list[str]) -> Iterator[Path]:
-    """Files as named, images below folders, matches of glob patterns; sorted within each place.
-
-    Raises DataError for a place that gives no image.
-    """
-    for place in places:
-        path = Path(place)
-        if path.is_dir():
-            found = sorted(f for f in path.rglob("*") if _is_image(f.relative_to(path), f))
-        elif path.exists() or not glob.has_magic(place):
-            found = [path]
-        else:
-            found = sorted(Path(match) for match in glob.glob(place, recursive=True))  # noqa: PTH207
-        if not found:
-            raise DataError(f"{place}: no images there ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        yield from found
-
-
-def _is_image(inside: Path, file: Path) -> bool:
-    """By its suffix; hidden files and folders are skipped, as in training."""
-    hidden = any(part.startswith(".") for part in inside.parts)
-    return not hidden and file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
