@@ -129,11 +129,10 @@ class Found(NamedTuple):
     counts: tuple[int, ...]
 
 
-def look(folder: Path) -> Found:
-    with opened(folder) as box:
-        rows = box.unsent(100)
-        counts = box.counts()
-        status = box.unsent_status()
+def look(box: Outbox) -> Found:
+    rows = box.unsent(100)
+    counts = box.counts()
+    status = box.unsent_status()
     for row in rows:
         assert json.loads(row.payload)["seq"] == row.seq
     assert counts.rows == len(rows)
@@ -146,16 +145,15 @@ def look(folder: Path) -> Found:
 
 def tell(name: str, story: Story, mode: Mode, folder: Path) -> int:
     """Interrupt it everywhere, look each time, and return the number of calls."""
-    template, work, aside = folder / "template", folder / "work", folder / "aside"
+    template, work = folder / "template", folder / "work"
     template.mkdir(parents=True)
     with opened(template) as box:
         story.prepare(box)
     copy(template, work)
     with opened(work) as box:
+        before = look(box) if not story.damaged else None
         story.act(box)
-    after = look(work)
-    copy(template, work)
-    before = look(work) if not story.damaged else None
+        after = look(box)
     held: list[Outbox] = []
     said: list[object] = []
 
@@ -172,15 +170,14 @@ def tell(name: str, story: Story, mode: Mode, folder: Path) -> int:
             there_is_room_again(held[0], said[0], where)
             held[0].close()
             continue
-        copy(work, aside)
-        found = look(aside)
+        with opened(work) as box:
+            found = look(box)
+            verdict = box.append(FINDING)
         if story.damaged:
             assert found.counts[0] >= 3, where
             assert story.lost or found.seqs[:3] == (1, 2, 3), where
         else:
             assert found in (before, after), f"{where}: {found}"
-        with opened(work) as box:
-            verdict = box.append(FINDING)
         assert not isinstance(verdict, Unkept), where
         assert verdict.seq > max(found.seqs, default=0), where
         assert verdict.seq == found.counts[0] + 1, where

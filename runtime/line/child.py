@@ -64,9 +64,8 @@ class Child:
             self._let_go()
         now = time.monotonic()
         if self._process is None and now - self._started >= self._pause_s:
-            if now - self._started > _LONGEST_S:
-                self._pause_s = _FIRST_S
-            self._pause_s = min(2 * self._pause_s, _LONGEST_S)
+            lived = now - self._started > _LONGEST_S
+            self._pause_s = _FIRST_S if lived else min(2 * self._pause_s, _LONGEST_S)
             self._started = now
             self._start()
         return said
