@@ -76,8 +76,10 @@ def test_systemd_understands_every_line_of_it(
     written.write_text(user_unit(LINE))
     done = analyze("verify", "--user", str(written))
     assert (done.returncode, done.stderr) == (0, "")
-    written.write_text(system_unit(LINE).replace("ProtectClock=", "ProtectClocks="))
-    assert "ProtectClocks" in analyze("verify", str(written)).stderr, "it would not see a mistake"
+    written.write_text(system_unit(LINE).replace("ProtectHostname=", "ProtectHostnames="))
+    assert "ProtectHostnames" in analyze("verify", str(written)).stderr, (
+        "it would not see a mistake"
+    )
 
 
 # --- what is in it

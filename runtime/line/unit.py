@@ -105,6 +105,8 @@ _SANDBOX = (
     "SystemCallArchitectures=native",
     "SystemCallFilter=@system-service",
     "SystemCallFilter=~@privileged",
+    "# Whether the clock is synchronised is read with these; to set it takes a capability.",
+    "SystemCallFilter=adjtimex clock_adjtime",
     "SystemCallErrorNumber=EPERM",
 )
 """What a user's manager can hold back, too."""
@@ -122,7 +124,6 @@ def _of_system(line: Line) -> list[str]:
         "ProtectSystem=strict",
         f"ProtectHome={'read-only' if at_home else 'yes'}",
         "ProtectProc=invisible",
-        "ProtectClock=yes",
         "ProtectHostname=yes",
         "ProtectKernelLogs=yes",
         "ProtectKernelModules=yes",
