@@ -129,6 +129,7 @@ class Answers:
 
     def __init__(self, board: Path, access: Access) -> None:
         self._board, self._access = board, access
+        self._made: dict[str, tuple[object, bytes]] = {}
         here = Path(__file__).parent
         self._static = {path: (here / path[1:]).read_bytes() for path in _STATIC}
 
@@ -162,8 +163,18 @@ class Answers:
             return self._metrics(published, standing)
         if path == "/status.json":
             return Answer(200, "application/json", _status(published, standing, age))
-        made = render.page if path == "/" else render.live
-        return Answer(200, _HTML, made(published, standing, age).encode())
+        return Answer(200, _HTML, self._rendered(path, published, standing, age))
+
+    def _rendered(
+        self, path: str, published: Snapshot | Absent, standing: Standing, age: float | None
+    ) -> bytes:
+        """Made once, however many look at it; what is a second older is another one."""
+        what = published.monotonic if isinstance(published, Snapshot) else published.reason
+        key = (what, None if age is None else int(age))
+        if path not in self._made or self._made[path][0] != key:
+            make = render.page if path == "/" else render.live
+            self._made[path] = key, make(published, standing, age).encode()
+        return self._made[path][1]
 
     def _picture(self, name: str) -> Answer:
         data = _read(self._board / PICTURES / name)

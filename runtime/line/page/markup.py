@@ -29,6 +29,8 @@ def html(element: Element) -> str:
 
 def printable(text: str) -> str:
     """``text`` without what is no text, or would change the order in which it is read."""
+    if text.isprintable():
+        return text
     return "".join(letter if letter.isprintable() else "�" for letter in text)
 
 

@@ -19,6 +19,7 @@ from runtime.errors import ServeError
 from runtime.line.page.answers import Access, Answer, Answers, parse, plain
 
 MAX_CONNECTIONS = 64
+"""That are answered; as many again are told to come later, and more are cut off."""
 HEAD_BYTES = 16 * 1024
 
 _HEAD_S, _SENDING_S, _PARTING_S = 5.0, 10.0, 1.0
@@ -111,6 +112,8 @@ class _Desk:
         """One connection, whatever comes of it."""
         self._busy += 1
         try:
+            if self._busy > 2 * MAX_CONNECTIONS:
+                return
             answer = await self._answer(reader)
             writer.write(answer.encode())
             await asyncio.wait_for(writer.drain(), _SENDING_S)
