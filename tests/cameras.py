@@ -4,11 +4,13 @@ Aravis' own fake GigE Vision camera, and a web camera (Motion JPEG over HTTP) th
 """
 
 import ctypes
+import fcntl
 import http.server
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Self
@@ -103,10 +105,22 @@ class WebCamera(CameraThere):
 
 
 class GigECamera(CameraThere):
-    """Aravis' fake camera: 512x512, 25 frames a second, on the loopback interface."""
+    """Aravis' fake camera: 512x512, 25 frames a second, on the loopback interface.
+
+    The protocol has one port, so there is one such camera on a machine at a time.
+    """
 
     def __init__(self) -> None:
         super().__init__(f"aravis:{GIGE_ADDRESS}", "gige")
+        self._only = (Path(tempfile.gettempdir()) / "fieldfit-gige-camera.lock").open("w")
+
+    def __enter__(self) -> Self:
+        fcntl.flock(self._only, fcntl.LOCK_EX)
+        return super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self._only.close()
 
 
 def gige_is_here() -> bool:

@@ -299,9 +299,11 @@ def test_an_address_where_somebody_listens_and_says_nothing_is_given_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("runtime.sources.watchdog._FIRST_OPENING_S", 1.0)
-    port = free_port()
-    with socket.create_server(("127.0.0.1", port)), Watching(f"rtsp://127.0.0.1:{port}/") as silent:
-        first = silent.lost()
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        Watching(f"rtsp://127.0.0.1:{silent.getsockname()[1]}/live") as watching,
+    ):
+        first = watching.lost()
     assert first.fault == "camera lost: no frame yet"
 
 
