@@ -135,9 +135,12 @@ def test_a_page_that_hears_nothing_says_so(state: Path, chrome: Browser) -> None
     chrome.until("""!document.getElementById("lost").hidden""")
     found = chrome.run("""({ said: document.getElementById("lost").innerText,
         title: document.title,
+        seen: [...document.querySelectorAll("main > .banner, .newest")].map(
+            e => getComputedStyle(e).visibility),
         filter: getComputedStyle(document.querySelector("main")).filter })""")
     assert "Nothing below is current." in found["said"]
     assert found["title"] == "No connection"
+    assert found["seen"] == ["hidden", "hidden"], "an OK of then must not look like one of now"
     assert found["filter"] == "grayscale(1)"
 
 
