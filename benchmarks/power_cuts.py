@@ -4,6 +4,8 @@ Each cut shuts an ext4 file system down without writing its journal (EXT4_IOC_SH
 random moment; what had not reached the disk is gone. It is mounted again and the next cut follows
 on the same files. It models the loss of page cache and journal, not torn sectors, nor drives that
 lie about what they have written. The same commands without fsync show that cuts do harm.
+
+Where other programs start mount namespaces meanwhile, run it in one of its own: unshare --mount.
 """
 
 import contextlib
@@ -390,8 +392,8 @@ class Disk:
             _run("umount", self.folder)
             time.sleep(0.1)
         raise UpdateError(
-            "the disk is still shut down after 10 s: another mount namespace holds it; end what "
-            "started one and measure again"
+            "the disk is still shut down after 10 s: another mount namespace holds it; measure in "
+            "one of your own: unshare --mount python -m benchmarks.run power_cuts"
         )
 
     def _is_on(self) -> bool:
