@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -99,6 +100,9 @@ def test_a_source_s_name_holds_no_password(tmp_path: Path) -> None:
     source = open_source("rtsp://admin:hunter2@10.0.0.9/live", state=tmp_path)
     assert source.name == "rtsp://10.0.0.9/live"
     assert "hunter2" not in str(parse("gst:rtspsrc location=rtsp://admin:hunter2@10.0.0.9/live"))
+    with pytest.raises(DataError) as raised:
+        parse("rstp://admin:hunter2@10.0.0.9/live")
+    assert "hunter2" not in str(raised.value)
     assert open_source("aravis:", name="line 3", state=tmp_path).name == "line 3"
 
 
@@ -359,3 +363,26 @@ def test_memory_that_holds_no_ring_is_refused_and_cannot_shrink_under_its_reader
     ring = Ring(Shape(4, 4, 1, 1))
     with pytest.raises(PermissionError):
         os.ftruncate(ring.descriptor, 0)
+
+
+# --- the page
+
+
+def test_the_page_s_python_runs_as_it_is_written(tmp_path: Path) -> None:
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "sources.md").read_text(), re.DOTALL
+    )
+    write_image(tmp_path / "in" / "a.png")
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert f"{tmp_path / 'in' / 'a.png'} to be inspected" in done.stdout
+
+
+def test_every_way_that_the_page_names_is_understood() -> None:
+    page = (ROOT / "docs" / "sources.md").read_text()
+    rows = [row.split(" | ")[0] for row in page.splitlines() if row.startswith("| `")]
+    written = [text.strip("'") for row in rows for text in re.findall(r"`([^`]+)`", row)]
+    kinds = {parse(text.replace("...", "camera")).kind for text in written}
+    assert kinds == {"files", "watch", "video", "v4l2", "stream", "gstreamer", "aravis"}

@@ -45,7 +45,12 @@ class Address(msgspec.Struct, frozen=True, kw_only=True):
     def __str__(self) -> str:
         """As written, without user name and password."""
         prefix = {kind: f"{word}:" for word, kind in _PREFIXES.items()}.get(self.kind, "")
-        return prefix + re.sub(r"(?<=://)[^/@\s]*@", "", self.place)
+        return prefix + without_login(self.place)
+
+
+def without_login(text: str) -> str:
+    """``text`` less the user name and password of any URL in it."""
+    return re.sub(r"(?<=://)[^/@\s]*@", "", text)
 
 
 def parse(text: str) -> Address:
@@ -113,4 +118,4 @@ def _check_numbers(text: str, settings: dict[str, str]) -> None:
 def _not_understood(text: str, word: str, known: list[str] | tuple[str, ...], sign: str) -> str:
     near = difflib.get_close_matches(word, known, 1)
     hint = f"did you mean {near[0]}{sign}?" if near else "and there is no such file"
-    return f"{text}: no source begins with {word}{sign}; {hint} There are {UNDERSTOOD}"
+    return f"{without_login(text)}: no source begins with {word}{sign}; {hint} There are {UNDERSTOOD}"

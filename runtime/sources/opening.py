@@ -28,7 +28,7 @@ def open_source(text: str, *, name: str | None = None, state: Path) -> Source:
         return Files(address.place, name)
     if address.kind == "watch":
         return _watch(Path(address.place), name, state)
-    _check_library(text, address)
+    _check_library(address)
     if address.kind in CAMERAS:
         from runtime.sources.camera import Camera
 
@@ -36,7 +36,7 @@ def open_source(text: str, *, name: str | None = None, state: Path) -> Source:
     from runtime.sources.video import Video
 
     if not Path(address.place).is_file():
-        raise DataError(f"{text}: expected a video file, there is none")
+        raise DataError(f"{address}: expected a video file, there is none")
     return Video(address, name)
 
 
@@ -51,10 +51,10 @@ def _watch(folder: Path, name: str, state: Path) -> Source:
     return WatchedFolder(folder, name, DoneRecord(state / "sources" / f"{which}.done"))
 
 
-def _check_library(text: str, address: Address) -> None:
+def _check_library(address: Address) -> None:
     if address.kind == "aravis":
         from runtime.sources.aravis import Aravis
 
         Aravis()
     elif importlib.util.find_spec("cv2") is None:
-        raise DataError(f"{text}: reading it takes OpenCV: pip install 'fieldfit[camera]'")
+        raise DataError(f"{address}: reading it takes OpenCV: pip install 'fieldfit[camera]'")
