@@ -135,7 +135,8 @@ class Evidence:
         self._path, self.caps, self._rules = folder, caps, rules
         self._drifts, self._clock, self._draw = drifts, clock, draw
         self._rates = Rates(caps)
-        self._seen: deque[npt.NDArray[np.float32]] = deque(maxlen=_REMEMBERED)
+        self._seen = np.full((_REMEMBERED, _BLOCKS, _BLOCKS), np.inf, np.float32)
+        self._seen_next = 0
         self._bursts: dict[str, tuple[float, str]] = {}
         self._lock = threading.Lock()
         self.taken: Counter[Reason] = Counter()
@@ -190,7 +191,7 @@ class Evidence:
         if not open_:
             return "too many"
         blocks = block_means(seen.image)
-        if any(_same(blocks, before) for before in self._seen):
+        if np.abs(self._seen - blocks).max(axis=(1, 2)).min() <= SAME_LEVELS:
             return "seen before"
         image = _own(frame.image)
         if image is None:
@@ -205,7 +206,8 @@ class Evidence:
         except queue.Full:
             return "busy"
         self._rates.take(reason, now)
-        self._seen.append(blocks)
+        self._seen[self._seen_next % _REMEMBERED] = blocks
+        self._seen_next += 1
         with self._lock:
             self.taken[reason] += 1
         return "taken"
@@ -328,10 +330,6 @@ def block_means(image: UInt8) -> npt.NDArray[np.float32]:
         _BLOCKS, height // _BLOCKS, _BLOCKS, width // _BLOCKS, -1
     )
     return np.asarray(blocks.mean(axis=(1, 3, 4), dtype=np.float32))
-
-
-def _same(one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> bool:
-    return bool(np.abs(one - other).max() <= SAME_LEVELS)
 
 
 def _own(image: ImageLike) -> bytes | Image.Image | npt.NDArray[Any] | None:
