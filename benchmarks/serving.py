@@ -453,8 +453,8 @@ def _anything(fuzz: Fuzz, heavy: dict[int, Fuzz]) -> Table:
         notes=(
             f"Fuzzed: {statuses(fuzz)}. Heavy, one at a time: {statuses(heavy[1])}; "
             f"{HEAVY_CLIENTS} at a time: {statuses(heavy[HEAVY_CLIENTS])}.",
-            "`none` are requests that were no HTTP or ended in the middle. Base is the memory after "
-            "some good requests; over it, the highest that there ever was (VmHWM).",
+            "`none` are requests that were no HTTP or ended in the middle. Base is the memory "
+            "after some good requests; over it, the highest that there ever was (VmHWM).",
         ),
     )  # fmt: skip
 
