@@ -97,9 +97,11 @@ def test_a_file_that_looks_like_a_source_is_a_file(
 
 
 def test_a_source_s_name_holds_no_password(tmp_path: Path) -> None:
-    source = open_source("rtsp://admin:hunter2@10.0.0.9/live", state=tmp_path)
-    assert source.name == "rtsp://10.0.0.9/live"
-    assert "hunter2" not in str(parse("gst:rtspsrc location=rtsp://admin:hunter2@10.0.0.9/live"))
+    for login in ("admin:hunter2", "admin:p@hunter2", "hunter2"):
+        source = open_source(f"rtsp://{login}@10.0.0.9/live", state=tmp_path)
+        assert source.name == "rtsp://10.0.0.9/live"
+    pipeline = parse("gst:rtspsrc location=rtsp://a/1 user-id=admin user-pw=hunter2 ! appsink")
+    assert str(pipeline) == "gst:rtspsrc location=rtsp://a/1 ! appsink"
     with pytest.raises(DataError) as raised:
         parse("rstp://admin:hunter2@10.0.0.9/live")
     assert "hunter2" not in str(raised.value)

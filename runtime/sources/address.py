@@ -49,8 +49,8 @@ class Address(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def without_login(text: str) -> str:
-    """``text`` less the user name and password of any URL in it."""
-    return re.sub(r"(?<=://)[^/@\s]*@", "", text)
+    """``text`` less user names and passwords, of URLs and of GStreamer's ``rtspsrc``."""
+    return re.sub(r"(?<=://)[^/\s]*@|\buser-(?:id|pw)=\S+ ?", "", text)
 
 
 def parse(text: str) -> Address:
@@ -118,4 +118,5 @@ def _check_numbers(text: str, settings: dict[str, str]) -> None:
 def _not_understood(text: str, word: str, known: list[str] | tuple[str, ...], sign: str) -> str:
     near = difflib.get_close_matches(word, known, 1)
     hint = f"did you mean {near[0]}{sign}?" if near else "and there is no such file"
-    return f"{without_login(text)}: no source begins with {word}{sign}; {hint} There are {UNDERSTOOD}"
+    said = f"{without_login(text)}: no source begins with {word}{sign}"
+    return f"{said}; {hint} There are {UNDERSTOOD}"
