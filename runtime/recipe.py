@@ -62,8 +62,9 @@ class DataSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """The field domain, in the same forms, or ``simulated``: half of the source's images as
     simulated field photos. Without one, the source is the field and nothing is adapted."""
     evidence: tuple[str, ...] = ()
-    """Packs that ``fieldfit collect`` wrote: more field images, with the labels that ``PACK.csv``
-    beside ``PACK.zip`` gives them. They train and validate; the test images stay the same."""
+    """Packs that ``fieldfit collect`` wrote: more field images, with the labels that stand beside
+    ``PACK.zip`` in ``PACK.csv`` or the class folders of ``PACK``. They train and validate; the test
+    images stay the same."""
     labels: Annotated[int, msgspec.Meta(ge=0)] | None = None
     """Labelled images of the target's training split that training may use, every class by its
     share; the others count as unlabelled. 0 uses none, none given uses all."""

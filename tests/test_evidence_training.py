@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -205,7 +206,10 @@ def test_a_simulated_target_takes_evidence_as_well(tmp_path: Path, places: dict[
         ("name,label,lable\n", "expected the columns name,label"),
         ("name,label\nNAME\n", r"one\.csv:2: expected 2 cells"),
         ("name,label\nX.png,good\n", r"one\.csv:2: 'X\.png' is no image of one\.zip"),
-        ("name,label\nNAME,good\nNAME,bad\n", r"one\.csv:3: .* is labelled 'bad' here and 'good'"),
+        (
+            "name,label\nNAME,good\nNAME,bad\n",
+            r"csv:3: .* is labelled 'bad' here and 'good' else",
+        ),
         ("name,label\nNAME,godo\n", r"'godo' \(did you mean 'good'\?\)"),
         ('name,label\n"NAME,good\n', "expected UTF-8 text with commas"),
         ("name,label\nNAME,\xff\n", None),
@@ -232,6 +236,31 @@ def test_the_pack_s_own_table_filled_in_by_a_spreadsheet_is_read(
     dataset = prepared(tmp_path, places, one)
     labels = {e.sha256: e.label for e in dataset.examples}
     assert [labels[min(digests([n]))] for n in (5001, 5002)] == ["good", None]
+
+
+def test_unpacked_images_that_were_sorted_into_folders_are_labelled(
+    tmp_path: Path, places: dict[str, Any]
+) -> None:
+    numbers = (5001, 5002, 5003)
+    one = pack(tmp_path / "one.zip", numbers)
+    with zipfile.ZipFile(one) as archive:
+        archive.extractall(tmp_path / "one")
+    first, second, _ = sorted((tmp_path / "one").glob("*.png"))
+    for file, label in ((first, "good"), (second, "bad")):
+        (tmp_path / "one" / label).mkdir()
+        file.rename(tmp_path / "one" / label / file.name)
+    (tmp_path / "one" / "bad" / "Thumbs.db").touch()
+    (tmp_path / "one" / "bad" / second.name).write_bytes(b"nobody reads these bytes")
+    labels = {e.sha256: e.label for e in prepared(tmp_path, places, one).examples}
+    assert [labels[min(digests([n]))] for n in numbers] == ["good", "bad", None]
+    (tmp_path / "one" / "bad" / first.name).touch()
+    with pytest.raises(DataError, match=r"is labelled 'good' here and 'bad' elsewhere"):
+        prepared(tmp_path, places, one)
+    (tmp_path / "one" / "bad" / first.name).rename(
+        tmp_path / "one" / "bad" / first.name.replace("1-", "7-", 1)
+    )
+    with pytest.raises(DataError, match=r"is no image of one\.zip; did you mean"):
+        prepared(tmp_path, places, one)
 
 
 # --- packs

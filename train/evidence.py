@@ -1,20 +1,21 @@
 """Evidence from the line as more field images: packs are checked, unpacked, and given a split.
 
 It does not know which splits the other images get: whatever a pack brings, they stay where they
-were. A pack is what ``fieldfit collect`` writes; the labels that somebody gave its images stand
-beside it, in a CSV file of its name, as ``name,label``. Images without one join unlabelled.
+were. A pack is what ``fieldfit collect`` writes. Its images have the labels that somebody gave them
+beside it, under its name: ``line3.csv`` with ``name,label``, or ``line3/CLASS/IMAGE``, where they
+were unpacked and sorted. Images without one join unlabelled; bytes are always the pack's.
 """
 
 import csv
 import difflib
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from runtime import atomic
 from runtime.dataset import Example, Split
 from runtime.errors import DataError
-from runtime.evidence_pack import LABEL_COLUMNS, Pack, Record, open_pack
+from runtime.evidence_pack import LABEL_COLUMNS, NAME, Pack, Record, open_pack
 from runtime.recipe import Recipe, Splits
 from train.domains import Candidate
 
@@ -71,7 +72,7 @@ def _split(group: str, shares: Splits, seed: int, with_test: bool) -> Split:
 
 def _list_pack(path: Path, folder: Path) -> list[Candidate]:
     with open_pack(path) as pack:
-        labels = _read_labels(path.with_suffix(".csv"), pack)
+        labels = _read_labels(path, pack)
         return [
             Candidate(
                 path=str(_unpacked(pack, record, folder)),
@@ -92,9 +93,34 @@ def _unpacked(pack: Pack, record: Record, folder: Path) -> Path:
 
 
 def _read_labels(path: Path, pack: Pack) -> dict[str, str]:
-    """Labels by the name of the image; none where there is no such file."""
+    """Labels of the images of the pack at ``path``, by name."""
+    names = {record.image for record in pack.contents.records}
+    table, folder = path.with_suffix(".csv"), path.with_suffix("")
+    labels: dict[str, str] = {}
+    for place, name, label in (*_from_table(table), *_from_folder(folder)):
+        if name not in names:
+            close = difflib.get_close_matches(name, sorted(names), n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise DataError(f"{place}: {name!r} is no image of {path.name}{hint}")
+        if label and labels.setdefault(name, label) != label:
+            raise DataError(
+                f"{place}: {name} is labelled {label!r} here and {labels[name]!r} elsewhere; keep "
+                "one of the two"
+            )
+    return labels
+
+
+def _from_folder(path: Path) -> Iterator[tuple[str, str, str]]:
+    """Place, name and label of each image that was sorted into the folder of its class."""
+    for file in sorted(path.glob("*/*")) if path.is_dir() else ():
+        if NAME.fullmatch(file.name):  # file managers leave files of their own
+            yield str(file), file.name, file.parent.name
+
+
+def _from_table(path: Path) -> Iterator[tuple[str, str, str]]:
+    """Place, name and label of each line of the table, if there is one."""
     if not path.exists():
-        return {}
+        return
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.reader(stream, strict=True)
@@ -107,20 +133,8 @@ def _read_labels(path: Path, pack: Pack) -> dict[str, str]:
             f"{path}: expected the columns {','.join(_REQUIRED)}, as in labels.csv of the pack, "
             f"got {','.join(header) or 'nothing'}"
         )
-    names = {record.image for record in pack.contents.records}
-    labels: dict[str, str] = {}
     for line, row in rows[1:]:
         if len(row) != len(header):
             raise DataError(f"{path}:{line}: expected {len(header)} cells, got {row}")
         cells = dict(zip(header, row, strict=True))
-        name, label = cells["name"], cells["label"]
-        if name not in names:
-            close = difflib.get_close_matches(name, sorted(names), n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise DataError(f"{path}:{line}: {name!r} is no image of {pack.path.name}{hint}")
-        if label and labels.setdefault(name, label) != label:
-            raise DataError(
-                f"{path}:{line}: {name} is labelled {label!r} here and {labels[name]!r} above; "
-                "keep one of the two"
-            )
-    return labels
+        yield f"{path}:{line}", cells["name"], cells["label"]
