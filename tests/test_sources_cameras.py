@@ -348,6 +348,18 @@ def test_closing_ends_process_and_iteration_also_while_no_frame_comes(video: Pat
     assert descriptors() == open_before
 
 
+def test_ctrl_c_and_a_service_that_stops_leave_the_camera_to_the_parent(video: Path) -> None:
+    """Both signal every process of the group, and the parent may have a frame in hand."""
+    with WebCamera(video) as camera, Watching(camera.source) as watching:
+        watching.good(3)
+        assert watching.camera.pid is not None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(watching.camera.pid, number)
+        watching.since(time.monotonic())
+        watching.good(3)
+        assert watching.camera.restarts == 0
+
+
 @pytest.mark.parametrize("stopped", [False, True], ids=["reading", "stopped"])
 def test_the_camera_s_process_dies_with_its_parent(stopped: bool, video: Path) -> None:
     with WebCamera(video) as camera:

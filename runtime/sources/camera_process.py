@@ -44,7 +44,8 @@ def main() -> int:
     with open(0, "rb", buffering=0, closefd=False) as line:  # and not a byte more than that line
         task = msgspec.json.decode(line.readline(), type=Task)
     _die_with(task.parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # sent to the whole group: the parent ends us
     os.set_blocking(_OUT, False)
     try:
         grabber = _open(task.address)
