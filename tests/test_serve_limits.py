@@ -21,16 +21,19 @@ from PIL import Image
 
 from runtime.candidates import Request
 from runtime.classifier import Classifier
+from runtime.delivery.live import LiveClassifier
+from runtime.delivery.slots import Slots
 from runtime.engines.engine import Outputs, UInt8
 from runtime.errors import EngineError
 from runtime.serving.batching import Answered, Batcher, Job, Watch, Window
 from runtime.serving.gate import Gate, Limits, Workspace
-from runtime.serving.model import BundleModel, Model, Served, open_bundle
+from runtime.serving.model import BundleModel, Model, Served, SlotModel, open_bundle
 from runtime.serving.refusal import Refusal
 from tests.model_zips import SIZE, model_zip
 from tests.serving_client import PATIENCE_S, Client, ask, encode, infer_body, inside, started
 from tests.serving_fuzz import Case, fuzzed
 from tests.test_engines import CHANNELS
+from tests.test_live import activated, failing_in_the_dark
 
 INFER = "/v2/models/tiny/infer"
 SHAPE = (*SIZE, CHANNELS)
@@ -165,7 +168,9 @@ def test_a_client_that_hangs_up_in_the_middle_leaves_nothing_behind(small: str) 
     with Client(small) as client:
         client.send(encode("POST", INFER, *infer_body(pictures(1))))  # and does not wait
     until(lambda: counts(small)["fieldfit_serve_held_bytes"] == 0)
-    assert counts(small)["fieldfit_serve_waiting_requests"] == 0
+    until(lambda: counts(small)["fieldfit_serve_waiting_requests"] == 0)
+    assert counts(small)['fieldfit_serve_responses_total{code="499"}'] >= 1
+    assert 'fieldfit_serve_responses_total{code="500"}' not in counts(small)
     assert ask(small, "POST", "/classify", picture()).status == 200
 
 
@@ -409,6 +414,37 @@ def test_what_was_made_ready_for_the_model_before_is_refused(bundle: Path) -> No
     assert asyncio.run(ask_with(other, None)) == "model changed"
     assert asyncio.run(ask_with(spec, "0.9")) == "model changed"
     batcher.close()
+
+
+def test_a_slot_on_trial_that_fails_on_any_image_of_a_batch_costs_no_answer(
+    tmp_path: Path,
+) -> None:
+    slots = Slots(tmp_path / "state")
+    slots.activate(slots.stage(model_zip(tmp_path, "1")).sha256)
+    slots.begin_try()
+    slots.commit()
+    model = SlotModel(LiveClassifier(slots.folder, request=Request(threads=1)))
+    bright, dark = np.full((1, *SHAPE), 200, np.uint8), np.zeros((1, *SHAPE), np.uint8)
+    try:
+        expected = model.infer(np.concatenate([bright, dark])).logits
+        activated(slots, failing_in_the_dark(tmp_path))
+
+        def on_trial() -> bool:
+            model.poll()
+            return model.served.manifest.version == "2"
+
+        until(on_trial)
+        assert np.isfinite(model.infer(bright).logits).all()
+        assert model.served.manifest.version == "2"
+
+        logits = model.infer(np.concatenate([bright, dark])).logits
+
+        np.testing.assert_allclose(logits, expected, rtol=1e-5)
+        assert model.served.manifest.version == "1"
+        until(lambda: bool(slots.status().state.failures))
+        assert "not finite" in slots.status().state.failures[-1].reason
+    finally:
+        model.close()
 
 
 # --- the counts of the gate

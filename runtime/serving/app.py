@@ -6,7 +6,6 @@ Open Inference Protocol below ``/v2``; ``POST /classify`` takes one encoded imag
 
 import asyncio
 import concurrent.futures
-import contextlib
 import functools
 import time
 from collections.abc import Callable
@@ -81,6 +80,7 @@ def make_app(service: Service) -> "Guarded":
         exception_handlers={
             Refusal: interface.refused,  # type: ignore[dict-item]
             HTTPException: interface.unknown,  # type: ignore[dict-item]
+            ClientDisconnect: interface.left,
             Exception: interface.failed,
         },
     )
@@ -111,8 +111,7 @@ class Guarded:
                 self._service.metrics.refused[refusal.word] += 1
                 await _refused(refusal)(scope, receive, counted)
                 return
-        with contextlib.suppress(ClientDisconnect):
-            await self._app(scope, receive, counted)
+        await self._app(scope, receive, counted)
 
 
 class _Interface:
@@ -137,6 +136,10 @@ class _Interface:
         response = _refused(refusal)
         response.headers.update(error.headers or {})
         return response
+
+    async def left(self, request: Request, error: Exception) -> Response:
+        """Nobody reads this; 499, nginx's number, is for the metric."""
+        return Response(status_code=499)
 
     async def failed(self, request: Request, error: Exception) -> Response:
         """A bug of ours; its traceback is in the log and nowhere else."""
