@@ -317,7 +317,7 @@ def test_the_benchmark_loses_a_camera_and_waits_for_its_return(
     monkeypatch.setattr(camera_loss, "_GONE_S", 0.1)
     with WebCamera(video) as camera:
         series = camera_loss.lose("web", camera.source, 2, camera.vanish, camera.come)
-    assert all(0 < cycle.noticed_s and 0 < cycle.back_s for cycle in series.cycles)
+    assert all(cycle.noticed_s > 0 and cycle.back_s > 0 for cycle in series.cycles)
     slow = series._replace(cycles=[*series.cycles, camera_loss.Cycle(1.5, 10.5)])
     report = camera_loss._report([slow])
     assert report.tables[0].rows[0][:2] == ("web", "3")
