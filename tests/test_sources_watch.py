@@ -146,16 +146,19 @@ def test_when_a_file_counts_as_whole() -> None:
     assert judge(seen, 71.0, True) == "held"
 
 
-def test_a_file_that_stays_open_for_writing_is_told_of_not_inspected(
+def test_a_file_that_stays_open_for_writing_is_told_of_and_comes_when_it_is_closed(
     folder: Path, state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(watched_folder, "HELD_S", 0.05)
-    with (folder / "held.png").open("wb") as file, Watching(folder, state) as watching:
-        file.write(b"half of")
-        file.flush()
-        (frame,) = watching.wait_for(1)
-    assert frame.image is None
-    assert "open for writing" in frame.fault
+    path = write_image(folder / "held.png")
+    with path.open("ab"), Watching(folder, state) as watching:
+        (held,) = watching.wait_for(1)
+    assert held.image is None
+    assert "open for writing" in held.fault
+    with path.open("ab") as file, Watching(folder, state) as watching:
+        watching.wait_for(1)
+        file.close()
+        assert watching.wait_for(2)[1].image == path
 
 
 def test_a_restart_brings_what_is_not_done_and_nothing_twice(folder: Path, state: Path) -> None:

@@ -102,6 +102,8 @@ class WatchedFolder:
         self._seen: dict[str, Seen] = {}
         self._given: dict[str, State] = {}
         """States that were brought, or were done before."""
+        self._held: dict[str, State] = {}
+        """States that were told of, and may yet become whole without another change."""
         self._waiting: dict[str, bytes] = {}
         """Frames that are not done yet, by their id."""
         self._told_at: dict[str, float] = {}
@@ -137,7 +139,7 @@ class WatchedFolder:
     def _new(self, found: dict[str, State]) -> list[tuple[str, str]]:
         """Paths that are whole now, oldest first, and what is wrong with them, if anything is."""
         now = time.monotonic()
-        for known in (self._seen, self._given):
+        for known in (self._seen, self._given, self._held):
             for gone in known.keys() - found.keys():
                 del known[gone]
         new = []
@@ -152,11 +154,14 @@ class WatchedFolder:
                 self._seen[path] = Seen(state, now)
                 continue
             verdict = judge(seen, now, writers(Path(path)))
-            if verdict != "wait":
+            if verdict == "whole":
                 self._given[path] = state
-                new.append((state.mtime_ns, path, verdict))
-        held = f"open for writing and unchanged for {HELD_S:g} s"
-        return [(path, held if verdict == "held" else "") for _, path, verdict in sorted(new)]
+                new.append((state.mtime_ns, path, ""))
+            elif verdict == "held" and self._held.get(path) != state:
+                self._held[path] = state
+                held = f"open for writing and unchanged for {HELD_S:g} s"
+                new.append((state.mtime_ns, path, held))
+        return [(path, fault) for _, path, fault in sorted(new)]
 
     def _frame(self, path: str, fault: str) -> Frame:
         seen, now = self._seen[path], time.monotonic()
