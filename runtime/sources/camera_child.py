@@ -116,5 +116,6 @@ class CameraChild:
         return heard != b""
 
     def _write(self, data: bytes) -> None:
-        with contextlib.suppress(BrokenPipeError):  # it has ended: ``hear`` says so
+        # It has ended, or another thread has dismissed it: ``hear`` says so.
+        with contextlib.suppress(BrokenPipeError, ValueError):
             self._in.write(data)
