@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -274,6 +275,47 @@ def silent(manager: Manager) -> None:
     end = time.monotonic() + PATIENCE_S
     while manager.next(timeout_s=1.5):
         assert time.monotonic() < end, "it goes on saying that it is alive"
+
+
+def test_a_disk_that_takes_nothing_makes_frames_not_inspected_until_it_does_again(
+    tmp_path: Path, archive: Path, start: Start
+) -> None:
+    inbox = tmp_path / "in"
+    put(inbox, 1)
+    watching = start(f"watch:{inbox}", "--bundle", archive, "--ok", OK)
+    lines = watching.lines(1)
+    before = resource.prlimit(
+        watching.process.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY)
+    )
+    put(inbox, 2)
+    (refused,) = watching.lines(1)
+    assert refused["verdict"] == "NOT INSPECTED"
+    assert "could not be kept" in refused["reason"]
+    assert "seq" not in refused
+    assert refused["label"] is None
+    resource.prlimit(watching.process.pid, resource.RLIMIT_FSIZE, before)
+    put(inbox, 3)
+    lines += watching.lines(1)
+    assert watching.end(signal.SIGTERM)[0] == 0
+    assert [line["seq"] for line in lines] == [1, 2]
+    assert watching.kept() == [msgspec.convert(line, Verdict) for line in lines]
+    again = start(f"watch:{inbox}", "--bundle", archive, "--ok", OK)
+    assert again.lines(1)[0]["frame"] == refused["frame"], "it was not done with"
+
+
+def test_it_needs_no_extra(tmp_path: Path, archive: Path) -> None:
+    put(tmp_path / "in", 1)
+    words = ["watch", str(tmp_path / "in"), "--bundle", str(archive), "--ok", OK]
+    words += ["--state", str(tmp_path / "state"), "--evidence", str(tmp_path / "kept")]
+    extras = ["paho", "pymodbus", "cv2", "starlette", "uvicorn", "cryptography", "tuf", "scipy"]
+    code = f"import sys; sys.modules.update(dict.fromkeys({extras})); " + (
+        f"from runtime.__main__ import main; sys.exit(main({words}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["seq"] == 1
 
 
 def test_what_it_was_not_told_it_asks_for(
