@@ -32,6 +32,7 @@ from PIL import Image
 from benchmarks.broker import Broker
 from runtime.__main__ import main as fieldfit
 from runtime.classifier import Classifier
+from runtime.delivery.device_status import record_update
 from runtime.delivery.identity import device
 from runtime.delivery.slots import Slots
 from runtime.line.outbox import Outbox
@@ -400,6 +401,7 @@ def test_a_page_shows_the_line_from_a_process_of_its_own_that_ends_with_it(
     inbox = tmp_path / "in"
     put(inbox, 1)
     put(inbox, 2).write_bytes(b"no picture")
+    record_update(tmp_path / "state", "nothing new", failed=False)
     watching = start(f"watch:{inbox}", "--bundle", archive, "--ok", OK, "--page", "127.0.0.1:0")
     watching.lines(2)
     url = until(lambda: re.search(r"the page is at (http://\S+?)/?\n", watching.said()))[1]
@@ -414,7 +416,9 @@ def test_a_page_shows_the_line_from_a_process_of_its_own_that_ends_with_it(
     assert snapshot["verdicts"]["NOT INSPECTED"] == 1
     assert snapshot["model"]["name"] == "tiny"
     assert snapshot["engine"]["name"] == "onnxruntime CPU, fp32"
-    assert [camera["name"] for camera in snapshot["cameras"]] == [f"watch:{inbox}"]
+    (camera,) = snapshot["cameras"]
+    assert (camera["name"], camera["kind"]) == (f"watch:{inbox}", "files")
+    assert snapshot["update"]["outcome"] == "nothing new"
     assert snapshot["heat"]["limit_c"] == 90.0
     assert snapshot["outbox"]["rows"] == 2
     assert 'fieldfit_rejected_inputs_total{reason="image"} 1\n' in get(f"{url}/metrics")

@@ -112,8 +112,8 @@ def report(
         identity.device,
         machine.describe(root),
         slots=slots.status().state,
-        engine=_record(current.engines / ENGINE, EngineStatus) if current else None,
-        update=_record(state / UPDATE, UpdateRecord),
+        engine=read_record(current.engines / ENGINE, EngineStatus) if current else None,
+        update=read_record(state / UPDATE, UpdateRecord),
         expires=expiries(state / "tuf"),
         previous=_previous(state, identity),
         boot=_boot_id(root),
@@ -176,7 +176,7 @@ def expiries(folder: Path) -> dict[str, datetime.datetime]:
     """When the metadata expires that this device last believed, by role."""
     found = {}
     for role in ROLES:
-        metadata = _record(folder / f"{role}.json", _Metadata, _MAX_METADATA_BYTES)
+        metadata = read_record(folder / f"{role}.json", _Metadata, _MAX_METADATA_BYTES)
         if metadata is not None:
             found[role] = metadata.signed.expires
     return found
@@ -245,7 +245,7 @@ def _previous(state: Path, identity: Identity) -> Status | None:
 _Record = TypeVar("_Record")
 
 
-def _record(path: Path, kind: type[_Record], limit: int = MAX_STATUS_BYTES) -> _Record | None:
+def read_record(path: Path, kind: type[_Record], limit: int = MAX_STATUS_BYTES) -> _Record | None:
     """What is written in ``path``; None where that is absent, damaged or too large."""
     try:
         with path.open("rb") as file:

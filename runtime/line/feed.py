@@ -77,9 +77,9 @@ class Feed:
         return all(lane.ended and not lane.frame for lane in self._lanes)
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """Of the sources."""
-        return tuple(lane.source.name for lane in self._lanes)
+    def sources(self) -> tuple[Source, ...]:
+        """All of them, ended or not."""
+        return tuple(lane.source for lane in self._lanes)
 
     def ages(self) -> dict[str, float]:
         """Seconds since the newest frame of each source that ever gave one."""
@@ -90,7 +90,7 @@ class Feed:
 
     def dropped(self) -> dict[str, int]:
         """Frames that were lost because the line was behind, of each source."""
-        return {lane.source.name: lane.source.dropped for lane in self._lanes}
+        return {source.name: source.dropped for source in self.sources}
 
     def close(self) -> None:
         """Let go of every source; a frame that waits is not inspected any more."""

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from runtime import atomic, machine
 from runtime.choose import Step
 from runtime.classifier import Classifier
-from runtime.delivery.device_status import expiries
+from runtime.delivery.device_status import UPDATE, UpdateRecord, expiries, read_record
 from runtime.delivery.fleet_health import NOT_EQUIPPED
 from runtime.delivery.live import LiveClassifier
 from runtime.delivery.slots import Slots
@@ -77,6 +77,7 @@ class Showing:
         self._file_at = self._device_at = float("-inf")
         self._update_state = "none"
         self._expires: Mapping[str, datetime.datetime] = {}
+        self._last_update: UpdateRecord | None = None
         self._faults: dict[str, str] = {}
         self._machine = machine.describe().model or ""
 
@@ -160,7 +161,7 @@ class Showing:
             cameras=self._cameras(), heat=self._heat(), drift=self._drift(),
             drift_fill=parts.health.fill,
             outbox=self._outbox(), disks=(self._disk(),),
-            update=snapshot.Update(expires=dict(self._expires)) if self._expires else None,
+            update=self._update(),
             stages={
                 stage: snapshot.Spread(*values.values())
                 for stage, values in parts.metrics.quantiles_ms().items()
@@ -182,13 +183,14 @@ class Showing:
 
     def _cameras(self) -> tuple[snapshot.Camera, ...]:
         feed = self._parts.feed
-        ages, dropped = feed.ages(), feed.dropped()
+        ages = feed.ages()
         return tuple(
             snapshot.Camera(
-                name=name, age_s=ages.get(name), fault=self._faults.get(name, ""),
-                dropped=dropped[name],
+                name=source.name, kind="camera" if source.live else "files",
+                age_s=ages.get(source.name), fault=self._faults.get(source.name, ""),
+                dropped=source.dropped,
             )
-            for name in feed.names
+            for source in feed.sources
         )  # fmt: skip
 
     def _heat(self) -> snapshot.Heat:
@@ -240,8 +242,15 @@ class Showing:
         usage = shutil.disk_usage(self._parts.state)
         return snapshot.Disk(path=str(self._parts.state), free=usage.free, total=usage.total)
 
+    def _update(self) -> snapshot.Update | None:
+        last, expires = self._last_update, dict(self._expires)
+        if last is None:
+            return snapshot.Update(expires=expires) if expires else None
+        return snapshot.Update(expires=expires, outcome=last.outcome, failed=last.failed)
+
     def _look_at_device(self) -> None:
         self._expires = expiries(self._parts.state / "tuf")
+        self._last_update = read_record(self._parts.state / UPDATE, UpdateRecord)
         if self._live is None:
             return
         state = Slots(self._parts.state).status().state
