@@ -152,6 +152,17 @@ def test_a_video_that_is_not_there_is_an_error(tmp_path: Path) -> None:
         open_source(f"video:{tmp_path / 'none.mp4'}", state=tmp_path)
 
 
+def test_nothing_in_the_current_folder_passes_for_a_library(
+    video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runtime").mkdir()
+    for name in ("runtime/__init__.py", "cv2.py"):
+        (tmp_path / name).write_text("raise SystemExit('planted')")
+    monkeypatch.chdir(tmp_path)
+    frame = next(iter(open_source(f"video:{video}", state=tmp_path)))
+    assert not frame.fault
+
+
 def test_closing_a_video_half_way_ends_its_process(video: Path, tmp_path: Path) -> None:
     source = open_source(f"video:{video}", state=tmp_path)
     iterator = iter(source)

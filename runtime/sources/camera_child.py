@@ -5,9 +5,11 @@ import os
 import select
 import subprocess
 import sys
+from pathlib import Path
 
 import msgspec
 
+import runtime
 from runtime.errors import DataError
 from runtime.sources.address import Address
 from runtime.sources.camera_process import OPENED, Task
@@ -31,10 +33,14 @@ class CameraChild:
     def __init__(self, address: Address, *, waits: bool = False) -> None:
         self._memory = os.memfd_create("fieldfit-camera", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         pipe = subprocess.PIPE
+        # This package, whatever lies in the current folder (PYTHONSAFEPATH: Python 3.11 and newer).
+        places = [str(Path(runtime.__file__).parent.parent), os.environ.get("PYTHONPATH")]
+        path = os.pathsep.join(filter(None, places))
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "runtime.sources.camera_process"],
                 stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0, pass_fds=(self._memory,),
+                env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
             )  # fmt: skip
         except OSError:
             os.close(self._memory)
