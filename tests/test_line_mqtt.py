@@ -36,6 +36,8 @@ from runtime.delivery.fleet import write_key
 from runtime.delivery.fleet_mqtt import collect
 from runtime.delivery.status_document import sign_status
 from runtime.errors import FleetError
+from runtime.line import mqtt
+from runtime.line.child import Lifeline
 from runtime.line.mqtt import STRIKES, Patience, Progress, Sender
 from runtime.line.outbox import Outbox, Row, Unkept
 from runtime.line.verdict import Verdict
@@ -266,6 +268,19 @@ def test_a_record_that_is_too_large_for_the_broker_waits_and_the_others_go_on(
         assert sender.tend().connected
 
 
+def test_no_more_are_on_their_way_than_the_broker_takes(
+    box: Outbox, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    append(box, 100)
+    settings = ("allow_anonymous true", "max_inflight_messages 2")
+    with (
+        running(tmp_path / "broker", *settings) as broker,
+        Sender(box, broker.url, patience=SOON) as sender,
+    ):
+        until(sender, lambda: not box.rows)
+    assert len(capfd.readouterr().err.splitlines()) == 1  # connected, once
+
+
 def test_a_damaged_record_is_taken_out_and_the_others_go_on(
     box: Outbox, broker: Broker, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -351,7 +366,7 @@ def certificates(tmp_path: Path) -> Path:
     return folder
 
 
-def test_tls_with_a_password_from_a_file(
+def test_tls_with_certificates_on_both_sides_and_a_password_from_a_file(
     box: Outbox, tmp_path: Path, certificates: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passwords = tmp_path / "passwords"
@@ -359,6 +374,7 @@ def test_tls_with_a_password_from_a_file(
     settings = (
         f"certfile {certificates}/broker.pem", f"keyfile {certificates}/broker.key",
         "allow_anonymous false", f"password_file {passwords}",
+        f"cafile {certificates}/broker.pem", "require_certificate true",
     )  # fmt: skip
     secret = tmp_path / "secret"
     monkeypatch.setenv(PASSWORD_FILE, str(secret))
@@ -367,7 +383,7 @@ def test_tls_with_a_password_from_a_file(
         url = f"mqtts://line%403@127.0.0.1:{broker.port}/plant"
 
         def reason(*, ca: str, password: str) -> str:
-            monkeypatch.setenv("FIELDFIT_MQTT_CA", str(certificates / ca))
+            monkeypatch.setenv(AUTHORITIES, str(certificates / ca))
             secret.write_text(f"{password}\n")
             with Sender(box, url, patience=SOON) as sender:
                 until(sender, lambda: not box.rows or sender.tend().reason not in (
@@ -376,6 +392,9 @@ def test_tls_with_a_password_from_a_file(
                 return sender.tend().reason
 
         assert "certificate verify failed" in reason(ca="other.pem", password="sésame")
+        assert "broke" in reason(ca="broker.pem", password="sésame")  # it wants a certificate
+        monkeypatch.setenv(CERTIFICATE, str(certificates / "broker.pem"))
+        monkeypatch.setenv(KEY, str(certificates / "broker.key"))
         assert "Not authorized" in reason(ca="broker.pem", password="guessed")
         assert box.rows == 1
         assert reason(ca="broker.pem", password="sésame") in ("", "not started", "connecting")
@@ -405,9 +424,10 @@ def test_files_of_tls_and_passwords_that_are_none_are_said_at_once(
 
 
 class Scripted:
-    """Answers each PUBLISH as ``answer`` says: with a PUBACK, or by breaking the connection."""
+    """Answers each PUBLISH as ``answer`` says: with a PUBACK, by breaking the connection, or not
+    at all (None)."""
 
-    def __init__(self, answer: Callable[[bytes], bool]) -> None:
+    def __init__(self, answer: Callable[[bytes], bool | None]) -> None:
         self.got: list[bytes] = []
         self._answer = answer
         self._socket = socket.create_server(("127.0.0.1", 0))
@@ -445,9 +465,10 @@ class Scripted:
             (length,) = struct.unpack_from(">H", body)
             message, payload = body[2 + length : 4 + length], body[5 + length :]
             self.got.append(payload)
-            if not self._answer(payload):
-                return False
-            client.sendall(b"\x40\x02" + message)
+            answer = self._answer(payload)
+            if answer:
+                client.sendall(b"\x40\x02" + message)
+            return answer is not False
         return kind != 14
 
     @staticmethod
@@ -493,3 +514,31 @@ def test_a_record_without_an_answer_stays(box: Outbox) -> None:
     assert [row.seq for row in box.unsent(9)] == [1, 2]
     assert box.counts().sent == 0
     broker.close()
+
+
+def test_a_broker_that_hears_and_never_answers_is_left_for_another_try(
+    box: Outbox, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(mqtt, "_ANSWER_S", 0.2)
+    tries = 0
+
+    def deaf_at_first(payload: bytes) -> bool | None:
+        nonlocal tries
+        tries += 1
+        return True if tries > 2 else None
+
+    broker = Scripted(deaf_at_first)
+    append(box)
+    end, lifeline = os.pipe()
+    post = mqtt._Post(box, Address.parse(broker.url, "t"), SOON)
+    sending = threading.Thread(target=post.run, args=(Lifeline(end),))
+    sending.start()
+    deadline = time.monotonic() + 30
+    while box.rows and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.close(lifeline)
+    sending.join()
+    os.close(end)
+    broker.close()
+    assert (box.rows, tries) == (0, 3)
+    assert "no answer within 0.2 s" in capfd.readouterr().err

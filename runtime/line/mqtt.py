@@ -11,6 +11,7 @@ tried again when they are done. It knows no frames.
 
 import argparse
 import random
+import select
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -278,9 +279,9 @@ class _Connection:
 
     def turn(self) -> None:
         """Wait a little for the broker, hear what it says, and send what may go."""
-        failed = self._client.loop(_WAIT_S)
-        if failed or self._why:
-            raise _BrokenError(self._why or "the connection broke")
+        self._exchange()
+        if self._why:
+            raise _BrokenError(self._why)
         now = time.monotonic()
         if (self._progress.on_the_way or not self._up) and now - self._heard > _ANSWER_S:
             raise _BrokenError(f"no answer within {_ANSWER_S:g} s")
@@ -288,6 +289,21 @@ class _Connection:
             self._mark()
             self._send_records(now)
             self._look_around(now)
+
+    def _exchange(self) -> None:
+        """Paho's ``loop`` without its pair of sockets, which outlives the connection."""
+        client, connection = self._client, self._client.socket()
+        if connection is None:
+            raise _BrokenError(self._why or "the connection broke")
+        encrypted = getattr(connection, "pending", int)()  # bytes that select does not see
+        writing = [connection] if client.want_write() else []
+        wait_s = 0.0 if encrypted else _WAIT_S
+        readable, writable, _ = select.select([connection], writing, [], wait_s)
+        if readable or encrypted:
+            client.loop_read()
+        if writable:
+            client.loop_write()
+        client.loop_misc()
 
     def _mark(self) -> None:
         """Let the outbox know what the broker has; if it cannot be told now, then later."""
