@@ -372,3 +372,30 @@ def test_mutated_files(data: bytes, edits: list[tuple[int, int]], cut: int) -> N
 def test_damage_that_pillow_reports_as_a_value_error(data: bytes) -> None:
     with pytest.raises(DataError):
         decode(data)
+
+
+# --- JPEGs of a camera's size
+
+
+def camera_jpeg() -> bytes:
+    fine = np.random.default_rng(0).normal(128, 40, (30, 40, 3))
+    smooth = Image.fromarray(np.clip(fine, 0, 255).astype(np.uint8))
+    return encoded(smooth.resize((640, 480), Image.Resampling.BICUBIC), "JPEG", quality=92)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_scaled_jpeg_is_nearly_the_same_picture_from_fewer_pixels(channels: int) -> None:
+    exact = InputSpec(size=(60, 80), channels=channels)
+    scaled = InputSpec(size=(60, 80), channels=channels, scaled_jpeg=True)
+    assert decode(camera_jpeg(), for_spec=exact).size == (640, 480)
+    assert decode(camera_jpeg(), for_spec=scaled).size == (160, 120)
+    one, other = preprocess(camera_jpeg(), exact), preprocess(camera_jpeg(), scaled)
+    difference = np.abs(one.astype(int) - other)
+    assert 0 < difference.max() <= 12
+    assert difference.mean() < 2
+
+
+def test_only_jpegs_are_scaled() -> None:
+    scaled = InputSpec(size=(8, 8), scaled_jpeg=True)
+    data = encoded(Image.open(io.BytesIO(camera_jpeg())))
+    assert decode(data, for_spec=scaled).size == (640, 480)
