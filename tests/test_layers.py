@@ -20,9 +20,9 @@ BASE = {"numpy", "PIL", "msgspec", "tqdm", "onnxruntime"}
 """What a device installs; pyproject's dependencies by their import names."""
 FLEET = {"tuf", "securesystemslib", "cryptography", "urllib3", "paho"}
 """What the extras ``fleet`` and ``mqtt`` bring."""
-CAMERA = {"cv2"}
-"""What the extra ``camera`` brings."""
-LAZY = {"tensorrt", "tensorrt_rtx", "tomllib", "tomli"} | FLEET | CAMERA
+LINE = {"cv2", "starlette", "uvicorn", "h11", "pymodbus"}
+"""What the extras ``camera``, ``serve`` and ``modbus`` bring."""
+LAZY = {"tensorrt", "tensorrt_rtx", "tomllib", "tomli"} | FLEET | LINE
 """What runtime may import inside a function: a device may have it."""
 
 
