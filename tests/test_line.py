@@ -3,7 +3,9 @@
 The model, the engine and the outbox are real; sources and clocks are the tests' own.
 """
 
+import contextlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -18,6 +20,7 @@ from runtime.bundle import Bundle
 from runtime.classifier import Classifier
 from runtime.errors import DataError, EngineError
 from runtime.line.feed import Feed
+from runtime.line.in_hand import InHand
 from runtime.line.inspection import Inspected, Inspector, iso, ok_labels
 from runtime.line.line_metrics import LineMetrics, sentence
 from runtime.line.loop import Line
@@ -92,10 +95,11 @@ class Bench:
     """A line with what hangs on it, and what it said."""
 
     def __init__(self, feed: Feed, inspector: Inspector, records: Any, **rest: Any) -> None:
+        in_hand = InHand(rest.pop("in_hand", None) or nameless())
         self.said: list[dict[str, Any]] = []
         self.metrics = LineMetrics()
         self.line = Line(
-            feed, inspector, records,
+            feed, inspector, records, in_hand,
             say=lambda said: self.said.append(msgspec.json.decode(msgspec.json.encode(said))),
             notifier=rest.pop("notifier", Notifier()), metrics=self.metrics,
             cooling=rest.pop("cooling", Cooling()),
@@ -104,6 +108,11 @@ class Bench:
 
     def verdicts(self) -> list[str]:
         return [said["verdict"] for said in self.said]
+
+
+def nameless() -> Path:
+    """A file that is gone when its descriptor is."""
+    return Path(f"/proc/self/fd/{os.memfd_create('in_hand')}")
 
 
 def inspector(classifier: Any, **rest: Any) -> Inspector:
@@ -311,6 +320,44 @@ def test_stop_ends_after_the_frame_in_hand(classifier: Classifier, outbox: Outbo
     bench.line.run()
     assert source.finished == ["0", "1", "2", "3", "4"]
     assert len(kept(outbox)) == 5
+
+
+def test_a_frame_that_two_processes_did_not_survive_is_not_looked_at_again(
+    classifier: Classifier, outbox: Outbox, tmp_path: Path
+) -> None:
+    path = tmp_path / "in_hand.json"
+
+    class Dying(Failing):
+        def inspect(self, image: ImageLike) -> Any:
+            raise KeyboardInterrupt  # it goes past everything, as a kill does
+
+    def run(model: Any) -> Bench:
+        bench = Bench(Feed([Listed("in", [frame(7, source="in")])]), inspector(model), outbox,
+                      in_hand=path)  # fmt: skip
+        with contextlib.suppress(KeyboardInterrupt):
+            bench.line.run()
+        return bench
+
+    assert run(Dying(classifier)).said == []
+    assert run(Dying(classifier)).said == []
+    (said,) = run(Dying(classifier)).said
+    assert said["verdict"] == "NOT INSPECTED"
+    assert said["reason"] == "the program ended 2 times while it looked at this frame"
+    assert path.read_bytes() == b"", "it ended as it should"
+    (said,) = run(classifier).said
+    assert said["verdict"] in ("OK", "DEFECT")
+
+
+def test_what_is_torn_holds_no_frame(tmp_path: Path) -> None:
+    path = tmp_path / "in_hand.json"
+    for torn in (b"", b'{"source":"in","fra', b"\xff\xff", b"[]"):
+        path.write_bytes(torn)
+        in_hand = InHand(path)
+        assert in_hand.begin(frame(7, source="in")) == 0
+        in_hand.close()
+        in_hand = InHand(path)
+        assert in_hand.begin(frame(8, source="in")) == 0, "another frame"
+        in_hand.close()
 
 
 def test_an_engine_that_fails_three_times_in_a_row_silences_watchdog_and_heartbeat(

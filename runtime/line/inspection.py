@@ -119,6 +119,10 @@ class Inspector:
             reason = f"{type(error).__name__}: {error}"
             return self._not_inspected(frame, "program", reason, waited)
 
+    def give_up(self, frame: Frame, reason: str, waited_s: float) -> Inspected:
+        """What the line says about ``frame`` if it may not be looked at."""
+        return self._not_inspected(frame, "program", reason, {"wait": waited_s * 1e3})
+
     def _inspect(self, frame: Frame, image: ImageLike, waited: dict[str, float]) -> Inspected:
         seen = self._model.inspect(image)
         answer, manifest = seen.answer, seen.by.bundle.manifest

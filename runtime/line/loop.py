@@ -13,6 +13,7 @@ from functools import partial
 from typing import Protocol
 
 from runtime.line.feed import Feed, Taken
+from runtime.line.in_hand import InHand
 from runtime.line.inspection import Inspected, Inspector
 from runtime.line.line_metrics import LineMetrics
 from runtime.line.notify import Notifier
@@ -22,6 +23,9 @@ from runtime.line.verdict import Finding, Verdict
 from runtime.sources.frame import Frame
 
 _log = logging.getLogger(__name__)
+
+_GIVEN_UP = 2
+"""A frame that so many processes did not survive is not looked at again."""
 
 IDLE_S = 0.25
 """How soon a line that waits for frames sees that it is to stop."""
@@ -57,7 +61,7 @@ class Records(Protocol):
 
 
 class Line:
-    """Frames of ``feed`` through ``inspector`` into ``records``.
+    """Frames of ``feed`` through ``inspector`` into ``records``; ``in_hand`` outlives a crash.
 
     ``say`` is told what is said of each, a ``Verdict`` unless the disk refused it. ``idle`` is
     called while there is no frame, ``beat`` each time round as long as the engine works.
@@ -69,6 +73,7 @@ class Line:
         feed: Feed,
         inspector: Inspector,
         records: Records,
+        in_hand: InHand,
         *,
         say: Callable[[Finding], object],
         notifier: Notifier,
@@ -81,6 +86,7 @@ class Line:
         rest: Callable[[float], object] = time.sleep,
     ) -> None:
         self._feed, self._inspector, self._records = feed, inspector, records
+        self._in_hand = in_hand
         self._say, self._notifier, self._metrics = say, notifier, metrics
         self._cooling, self._read_heat = cooling, read_heat
         self._idle, self._beat, self._clock, self._rest = idle, beat, clock, rest
@@ -111,11 +117,12 @@ class Line:
                 self._notifier.alive()
                 self._guarded("beat", self._beat)
         self._tick(last=True)
+        self._guarded("frame in hand", self._in_hand.end)
 
     def _inspect(self, taken: Taken) -> None:
         frame, source = taken
         start = self._clock()
-        inspected = self._inspector.inspect(frame, max(0.0, start - frame.monotonic))
+        inspected = self._look(frame, max(0.0, start - frame.monotonic))
         found = self._clock()
         kept = self._records.append(inspected.finding)
         recorded = self._clock()
@@ -128,6 +135,19 @@ class Line:
             self._guarded(f"{source.name}: done", partial(source.done, frame))
         if frame.image is not None:
             self._failures = self._failures + 1 if inspected.fault in _BROKEN else 0
+
+    def _look(self, frame: Frame, waited_s: float) -> Inspected:
+        ended = 0
+
+        def begin() -> None:
+            nonlocal ended
+            ended = self._in_hand.begin(frame)
+
+        self._guarded("frame in hand", begin)
+        if ended < _GIVEN_UP:
+            return self._inspector.inspect(frame, waited_s)
+        why = f"the program ended {ended} times while it looked at this frame"
+        return self._inspector.give_up(frame, why, waited_s)
 
     def _count(self, inspected: Inspected, said: Finding, record_s: float, total_s: float) -> None:
         own = {"record": record_s * 1e3, "total": total_s * 1e3}

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from runtime.line.sending import Plc, Sending
     from runtime.line.showing import Parts
 
-OUTBOX, LOCK = "outbox.db", "watch.lock"
+OUTBOX, IN_HAND, LOCK = "outbox.db", "in_hand.json", "watch.lock"
 
 _FILES: Set[address.Kind] = {"files", "watch", "video"}
 _NETWORK: Set[address.Kind] = {"stream", "gstreamer", "aravis"}
@@ -128,6 +128,7 @@ def _watch(options: argparse.Namespace, state: Path, stack: ExitStack) -> int:
     from runtime.delivery.identity import device
     from runtime.line.feed import Feed
     from runtime.line.health import Health
+    from runtime.line.in_hand import InHand
     from runtime.line.inspection import Inspector
     from runtime.line.json_lines import JsonLines
     from runtime.line.line_metrics import LineMetrics, sentence
@@ -150,13 +151,14 @@ def _watch(options: argparse.Namespace, state: Path, stack: ExitStack) -> int:
     health = Health(model.bundle, files={s.name for s in sources if not s.live})
     inspector = Inspector(model, boot=boot_id(), ok=options.ok, checks=health)
     outbox = stack.enter_context(Outbox(state / OUTBOX, me.id))
+    in_hand = stack.enter_context(closing(InHand(state / IN_HAND)))
     evidence, sending = _evidence(options, health, stack), _sending(options, outbox, stack)
     plc = _plc(options, model.bundle.manifest.labels, stack)
     metrics, cooling = LineMetrics(), Cooling(options.hot)
     feed = Feed(sources)
     stack.callback(feed.close)
     line = Line(
-        feed, inspector, outbox, say=JsonLines(sys.stdout).write, notifier=notifier,
+        feed, inspector, outbox, in_hand, say=JsonLines(sys.stdout).write, notifier=notifier,
         metrics=metrics, cooling=cooling, read_heat=read_heat, idle=model.poll,
         beat=plc.beat if plc else _nothing,
     )  # fmt: skip
