@@ -1,6 +1,7 @@
 """A device abstains below a score that was proven on validation images, or says that none was."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from export.selective import (
     upper_bound,
 )
 from runtime import metrics
+from runtime.recipe import parse_recipe
+from tests.conftest import ROOT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,3 +144,12 @@ def test_the_curve_is_drawn_whatever_came_of_it(allowed: float | None, tmp_path:
     write_selective_risk(tmp_path / "risk.png", chosen)
     with Image.open(tmp_path / "risk.png") as picture:
         assert picture.size[0] == 1350
+
+
+def test_the_page_s_recipe_is_valid_and_its_numbers_of_labels_are_right() -> None:
+    page = (ROOT / "docs" / "health.md").read_text()
+    (text,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    recipe = parse_recipe('name = "line3"\n[data]\nsource = "clean"\n' + text, "health.md")
+    assert recipe.export.max_error_accepted == 0.02
+    assert f"2 % takes {labels_needed(0.02)} labelled" in page
+    assert f"1 % takes {labels_needed(0.01)}" in page
