@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -130,10 +131,11 @@ def _ask_all(
     statuses: Counter[str] = Counter()
     unanswered, slowest, count = 0, 0.0, 0
     with ThreadPoolExecutor(clients) as pool:
-        for status, whole, seconds in pool.map(lambda one: _timed(service.url, *one), requests):
-            statuses[str(status or "none")] += 1
-            unanswered += status is None and whole
-            slowest, count = max(slowest, seconds), count + 1
+        while some := list(islice(requests, 8 * clients)):
+            for status, whole, seconds in pool.map(lambda one: _timed(service.url, *one), some):
+                statuses[str(status or "none")] += 1
+                unanswered += status is None and whole
+                slowest, count = max(slowest, seconds), count + 1
     alive = ask(service.url, "POST", "/classify", file).status == 200
     return Fuzz(
         count, dict(sorted(statuses.items())), unanswered, slowest, base, _peak(service), alive
@@ -143,7 +145,7 @@ def _ask_all(
 def _timed(url: str, data: bytes, whole: bool) -> tuple[int | None, bool, float]:
     begun = time.perf_counter()
     status = None
-    with Client(url) as client, contextlib.suppress(ConnectionError):
+    with Client(url) as client, contextlib.suppress(OSError):  # it may have hung up by now
         client.send(data)
         if not whole:  # or the service would wait for the rest
             client.socket.shutdown(socket.SHUT_WR)

@@ -527,5 +527,5 @@ def status_of(url: str, case: Case) -> int | None:
             if not case.whole:  # or the service would wait for the rest
                 client.socket.shutdown(socket.SHUT_WR)
             return client.status()
-        except ConnectionError:
+        except OSError:  # it hung up, perhaps before we did
             return None

@@ -5,6 +5,7 @@ priority, and may be as busy as its clients like.
 """
 
 import concurrent.futures
+import ctypes
 import os
 import socket
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import NamedTuple
 from runtime.errors import ServeError
 from runtime.serving.access import Certificates, Tokens, check_exposure, tls_context
 from runtime.serving.batching import Batcher, Watch
-from runtime.serving.gate import Gate, Limits, Workspace
+from runtime.serving.gate import MIB, Gate, Limits, Workspace
 from runtime.serving.model import Model, Served
 from runtime.serving.serving_metrics import ServingMetrics
 
@@ -22,6 +23,9 @@ _NICE = 10
 """Of 19: the kernel gives a camera's process ten times the time where both want it."""
 
 _MOST_DECODERS = 4
+
+_M_MMAP_THRESHOLD = -3
+"""Of <malloc.h>: blocks from here on are mapped alone."""
 
 
 class Listening(NamedTuple):
@@ -80,8 +84,14 @@ def serve(
 
 
 def step_back() -> None:
-    """Give this process, and every thread that it will start, the lower priority."""
+    """Give this process, and every thread that it will start, the lower priority; and have memory
+    that is freed go back to the machine."""
     os.nice(_NICE)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
+    if mallopt is not None:
+        # By itself it raises the threshold to the largest block that was ever freed, and one odd
+        # picture would cost its memory for good.
+        mallopt(_M_MMAP_THRESHOLD, MIB)
 
 
 def bound(host: str, port: int) -> socket.socket:
