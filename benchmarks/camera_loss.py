@@ -28,7 +28,7 @@ CYCLES, QUICK_CYCLES = 100, 2
 NOTICED_S, BACK_S = 1.0, 10.0
 """The bars; at 25 frames a second two periods are less than a second."""
 
-_GONE_S = 3.0
+_GONE_S = 2.0
 """The camera is away for a random time up to this one."""
 
 _PATIENCE_S = 120.0

@@ -3,11 +3,9 @@
 import statistics
 from collections import deque
 
-PROMISE_S = 1.0
-"""A loss is noticed within this, or two frame periods if they are longer."""
-
-_OF_THE_PROMISE = 0.9
-"""The rest of it is for starting to say so."""
+_NOTICED_S, _NOTICED_PERIODS = 0.8, 1.8
+"""The promise is one second, or two frame periods if they are longer. The rest of it is for ending
+the process and saying so, on a machine that is busy."""
 
 _FIRST_OPENING_S = 20.0
 _OPENING_S = 5.0
@@ -74,10 +72,10 @@ class Watchdog:
     @property
     def _limit_s(self) -> float:
         if self._waits_for_a_trigger:
-            return _OF_THE_PROMISE * PROMISE_S
+            return _NOTICED_S
         if self._period_s is None:  # one frame does not say when the next is due
             return self._opening_limit_s
-        return _OF_THE_PROMISE * max(PROMISE_S, 2 * self._period_s) * self._patience
+        return max(_NOTICED_S, _NOTICED_PERIODS * self._period_s) * self._patience
 
     @property
     def _opening_limit_s(self) -> float:
