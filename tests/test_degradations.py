@@ -134,7 +134,7 @@ def test_exposure_bits_and_lines_are_what_the_table_says() -> None:
 
 def test_blur_is_a_gaussian_of_the_stated_width() -> None:
     """Against SciPy's, at 300 pixels, away from the border."""
-    from scipy.ndimage import gaussian_filter  # type: ignore[import-untyped]
+    from scipy.ndimage import gaussian_filter
 
     point = torch.zeros(1, 300, 300, 1, dtype=torch.uint8)
     point[0, 140:160, 140:160] = 255

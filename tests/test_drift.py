@@ -5,7 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
-from scipy import stats  # type: ignore[import-untyped]
+from scipy import stats
 
 from runtime.monitoring.drift import Drift, DriftReport
 from runtime.monitoring.kolmogorov_smirnov import p_value, steps_apart

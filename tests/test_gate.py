@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 import pytest
-from scipy import stats  # type: ignore[import-untyped]
+from scipy import stats
 
 from export import table
 from export.gate import judge, without_int8

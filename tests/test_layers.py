@@ -74,7 +74,7 @@ assert not any(sys.modules.get(n) for n in {blocked} + ["train", "export", "cali
 
 
 def test_importing_the_face_loads_no_engine_library_and_no_extra() -> None:
-    names = sorted({"tensorrt", "tensorrt_rtx", "torch", "onnx"} | FLEET | CAMERA)
+    names = sorted({"tensorrt", "tensorrt_rtx", "torch", "onnx"} | FLEET | LINE)
     code = f"import sys, runtime; print([n for n in {names} if n in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from scipy import stats  # type: ignore[import-untyped]
+from scipy import stats
 
 from export.selective import (
     CONFIDENCE,
