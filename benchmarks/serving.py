@@ -192,6 +192,15 @@ def heavy_requests() -> list[bytes]:
 # --- the flood
 
 
+GOODPUT_NOTE = (
+    f"{PICTURE}-px PNG files to /classify; {CLIENTS} clients at the peak. Of the flood, what was not "
+    f"answered was refused with 503, or lost: no connection or no answer within {PATIENCE_S:g} s. "
+    "The clients run on the same cores as the service and take a share of them that clients "
+    "elsewhere would not, the more of it the more they ask. The service yields to everything else on "
+    "the machine, so other work there (the load below) is taken from its answers."
+)
+
+
 class Load(NamedTuple):
     """What clients got in some seconds."""
 
@@ -481,12 +490,7 @@ def _goodput(rounds: Sequence[Round]) -> Table:
         title="Goodput",
         columns=("load", "requests/s", "answers/s", "% of peak", "lost"),
         rows=tuple(rows),
-        notes=(
-            f"{PICTURE}-px PNG files to /classify; {CLIENTS} clients at the peak. Every other "
-            "request of the flood was refused with 503. The clients run on the same cores as the "
-            "service and take a share of them that clients elsewhere would not, the more of it the "
-            "more they ask.",
-        ),
+        notes=(GOODPUT_NOTE,),
     )
 
 
