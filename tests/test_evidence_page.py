@@ -10,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from runtime.classifier import Classifier
 from runtime.evidence_pack import MAX_IMAGE_BYTES, MAX_IMAGES, REASONS, open_pack
 from runtime.line.evidence import ROOM, SAME_LEVELS, Rules
 from runtime.line.evidence_folder import Caps
@@ -30,8 +31,14 @@ def test_the_commands_keep_evidence_and_pack_it(tmp_path: Path) -> None:
     archive = model_zip(tmp_path, "1", labels=("functional", "defective", "c", "d"))
     archive.rename(tmp_path / "build" / "solar" / "bundle")
     (tmp_path / "inbox").mkdir()
-    for number in range(3):
-        Image.fromarray(picture(number)).save(tmp_path / "inbox" / f"{number}.png")
+    close = set()
+    with Classifier.open(tmp_path / "build" / "solar" / "bundle", threads=1) as classifier:
+        for number in range(8):
+            file = tmp_path / "inbox" / f"{number}.png"
+            Image.fromarray(picture(number)).save(file)
+            second, first = sorted(classifier(file).probabilities.values())[-2:]
+            close |= {file.name} if first - second < Rules().margin else set()
+    assert 0 < len(close) <= 4  # a minute takes no more
     state = str(tmp_path / "state")
     env = {**os.environ, "PYTHONPATH": str(ROOT), "FIELDFIT_STATE": state}
     with subprocess.Popen(
@@ -39,7 +46,7 @@ def test_the_commands_keep_evidence_and_pack_it(tmp_path: Path) -> None:
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     ) as line:  # fmt: skip
         assert line.stdout is not None
-        for _ in range(3):
+        for _ in range(8):
             line.stdout.readline()
         line.send_signal(signal.SIGTERM)
         _, said = line.communicate(timeout=60)
@@ -51,7 +58,10 @@ def test_the_commands_keep_evidence_and_pack_it(tmp_path: Path) -> None:
     assert 'evidence = ["line3.zip"]' in done.stdout
     with open_pack(tmp_path / "line3.zip") as pack:
         kept = {Path(r.frame).name: pack.read(r) for r in pack.contents.records}
-    assert kept == {f"{n}.png": (tmp_path / "inbox" / f"{n}.png").read_bytes() for n in range(3)}
+    assert {name: kept.get(name) for name in close} == {
+        name: (tmp_path / "inbox" / name).read_bytes() for name in close
+    }
+    assert len(kept) < 8
 
 
 def test_the_recipe_is_valid() -> None:
