@@ -18,7 +18,7 @@ from runtime.command import run_command
 from runtime.verbs.options import positive
 
 BUNDLE = Path("build") / "solar" / "bundle"
-OF_A_BUNDLE = "calibration", "drift", "inference", "openvino", "quantization", "soak"
+OF_A_BUNDLE = "calibration", "drift", "inference", "openvino", "quantization", "serving", "soak"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -193,11 +193,11 @@ def heavy_requests() -> list[bytes]:
 
 
 GOODPUT_NOTE = (
-    f"{PICTURE}-px PNG files to /classify; {CLIENTS} clients at the peak. Of the flood, what was not "
-    f"answered was refused with 503, or lost: no connection or no answer within {PATIENCE_S:g} s. "
-    "The clients run on the same cores as the service and take a share of them that clients "
-    "elsewhere would not, the more of it the more they ask. The service yields to everything else on "
-    "the machine, so other work there (the load below) is taken from its answers."
+    f"{PICTURE}-px PNG files to /classify; {CLIENTS} clients at the peak. Of the flood, what was "
+    f"not answered was refused with 503, or lost: no connection or no answer within "
+    f"{PATIENCE_S:g} s. The clients run on the same cores as the service and take a share of them "
+    "that clients elsewhere would not, the more of it the more they ask. The service yields to "
+    "everything else on the machine, so other work there (the load below) is taken from its answers."
 )
 
 
