@@ -197,7 +197,7 @@ GOODPUT_NOTE = (
     f"not answered was refused with 503, or lost: no connection or no answer within "
     f"{PATIENCE_S:g} s. The clients run on the same cores as the service and take a share of them "
     "that clients elsewhere would not, the more of it the more they ask. The service yields to "
-    "everything else on the machine, so other work there (the load below) is taken from its answers."
+    "everything else on the machine, so other work there (the load below) costs it answers."
 )
 
 
