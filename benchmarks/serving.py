@@ -178,7 +178,7 @@ def heavy_requests() -> list[bytes]:
     ]  # fmt: skip
     pictures = [
         # The largest of each kind that is taken, and far larger ones.
-        ("L", (5280, 5280), "PNG"), ("RGB", (4570, 4570), "PNG"), ("RGB", (4570, 4570), "JPEG"),
+        ("L", (5120, 5120), "PNG"), ("RGB", (4570, 4570), "PNG"), ("RGB", (4570, 4570), "JPEG"),
         ("RGBA", (2640, 2640), "PNG"), ("P", (2150, 2150), "GIF"), ("1", (2150, 2150), "TIFF"),
         ("RGB", (2890, 2890), "WEBP"), ("RGB", (9000, 9000), "PNG"), ("L", (9400, 9400), "PNG"),
     ]  # fmt: skip
