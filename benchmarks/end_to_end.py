@@ -182,7 +182,7 @@ def _report(turns: dict[str, Turns], manifest: Manifest) -> Report:
                 "wall": ratio(wall["Ultralytics"], wall[name]),
                 "cpu": ratio(cpu["Ultralytics"], cpu[name]),
             }
-            same = np.mean(np.equal(taken[0]["answers"], peer))
+            same = float(np.mean(np.equal(taken[0]["answers"], peer)))
             asked = f"{ASKED[how]}" if name == "fieldfit" else ""
             rows.append(
                 (f"{name}, {_WORDS[how]}", str(per_second), str(faster["wall"]),

@@ -59,7 +59,9 @@ def _parser(modules: dict[str, ModuleType]) -> argparse.ArgumentParser:
     parser.add_argument(
         "--bundle", type=Path, default=BUNDLE, metavar="PATH", help=f"default {BUNDLE}"
     )
-    parser.add_argument("--cuts", type=positive, metavar="N", help="power_cuts: how many")
+    parser.add_argument(
+        "--cuts", type=positive, metavar="N", help="power_cuts, outbox_cuts: how many"
+    )
     parser.add_argument("--minutes", type=positive, metavar="N", help="soak: how long")
     parser.add_argument(
         "--quick", action="store_true", help="a few seconds: print the tables, write nothing"
@@ -88,7 +90,7 @@ def _command(name: str, options: argparse.Namespace) -> str:
         # Figures are published: where a bundle lies on this disk is nobody's business.
         shown = options.bundle.name if options.bundle.is_absolute() else options.bundle
         command += f" --bundle {shown}"
-    if options.cuts and name == "power_cuts":
+    if options.cuts and name in ("power_cuts", "outbox_cuts"):
         command += f" --cuts {options.cuts}"
     if options.minutes and name == "soak":
         command += f" --minutes {options.minutes}"
