@@ -34,6 +34,12 @@ os.environ["FIELDFIT_CACHE"] = _cache.name
 """For every test and every process that one starts; the user's own is no business of theirs."""
 
 
+@pytest.fixture(autouse=True)
+def keep_priority(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that yields to all others would, called in here, slow every test after it."""
+    monkeypatch.setattr(os, "nice", lambda by: 0)
+
+
 def draw(class_index: int, number: int, size: int = 32) -> Image.Image:
     """A gray picture of stripes, finer for each further class, with phase and noise of its own."""
     random = np.random.default_rng([class_index, number])

@@ -301,7 +301,10 @@ def test_a_disk_that_takes_nothing_makes_frames_not_inspected_until_it_does_agai
     assert [line["seq"] for line in lines] == [1, 2]
     assert watching.kept() == [msgspec.convert(line, Verdict) for line in lines]
     again = start(f"watch:{inbox}", "--bundle", archive, "--ok", OK)
-    assert again.lines(1)[0]["frame"] == refused["frame"], "it was not done with"
+    brought = again.lines(1)
+    if brought[0]["frame"] == lines[0]["frame"]:  # said, but the limit came before it was done with
+        brought = again.lines(1)
+    assert brought[0]["frame"] == refused["frame"], "it was not done with"
 
 
 def test_it_needs_no_extra(tmp_path: Path, archive: Path) -> None:
