@@ -91,7 +91,7 @@ def test_the_release_is_the_newest_that_the_changelog_dates() -> None:
     _, *releases = re.findall("^## (.*)$", changelog, re.MULTILINE)
     for release in releases[:1]:
         assert release.endswith(f" - {RELEASED:%Y-%m-%d}")
-    assert RELEASED <= datetime.datetime.now(datetime.timezone.utc)
+    assert datetime.datetime.now(datetime.timezone.utc) >= RELEASED
 
 
 def test_a_clock_is_held_against_the_floor_and_the_release() -> None:
