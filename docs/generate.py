@@ -39,8 +39,8 @@ COMMANDS = (
     ("export", "refresh"),
     ("runtime",), ("runtime", "classify"), ("runtime", "watch"), ("runtime", "page"),
     ("runtime", "collect"), ("runtime", "serve"), ("runtime", "service"), ("runtime", "build"),
-    ("runtime", "verify"), ("runtime", "doctor"), ("runtime", "benchmark"), ("runtime", "update"), ("runtime", "stage"),
-    ("runtime", "activate"), ("runtime", "commit"), ("runtime", "rollback"),
+    ("runtime", "verify"), ("runtime", "doctor"), ("runtime", "benchmark"), ("runtime", "update"),
+    ("runtime", "stage"), ("runtime", "activate"), ("runtime", "commit"), ("runtime", "rollback"),
     ("runtime", "status"), ("runtime", "fleet", "enroll"), ("runtime", "fleet", "report"),
     ("runtime", "fleet", "status"),
 )  # fmt: skip
