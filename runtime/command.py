@@ -6,6 +6,7 @@ else is a bug and keeps its traceback.
 
 import errno
 import io
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -21,6 +22,22 @@ MACHINE_ERRORS = {
     errno.EROFS: "the file system is read-only",
 }
 """What a machine can refuse to any program: no bug of ours, and no traceback helps."""
+
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+def end_with(parent: int) -> None:
+    """Let this process die when ``parent`` does: SIGKILL included, and while it is stopped, too.
+
+    Raises OSError where the kernel refuses. (prctl(2), PR_SET_PDEATHSIG)
+    """
+    import ctypes  # for the few programs that ask; the others start without
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:  # it has ended before it could be asked for
+        os._exit(1)
 
 
 def run_command(program: str, run: Callable[[], int], *, interrupted: str = "interrupted") -> int:

@@ -313,6 +313,16 @@ def clock_synchronised() -> bool:
     return bool(0 <= state < _TIME_ERROR)
 
 
+def boot_id(root: Path = ROOT) -> str:
+    """The kernel's id of this start of the machine; empty where it gives none."""
+    try:
+        text = (root / "proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        return ""
+    found = re.match(r"[0-9a-f-]{36}", text)
+    return found[0] if found else ""
+
+
 def nvidia_driver(root: Path = ROOT) -> str | None:
     """Version of the loaded NVIDIA kernel module, e.g. ``580.142``."""
     found = re.search(

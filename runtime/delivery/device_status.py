@@ -6,7 +6,6 @@ engine that was chosen and how the last update went, is written down here when i
 
 import contextlib
 import datetime
-import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -116,7 +115,7 @@ def report(
         update=read_record(state / UPDATE, UpdateRecord),
         expires=expiries(state / "tuf"),
         previous=_previous(state, identity),
-        boot=_boot_id(root),
+        boot=machine.boot_id(root),
         uptime_s=time.clock_gettime(time.CLOCK_BOOTTIME),
         counters=counters or {},
         drift=drift,
@@ -253,12 +252,3 @@ def read_record(path: Path, kind: type[_Record], limit: int = MAX_STATUS_BYTES) 
         return msgspec.json.decode(data, type=kind) if len(data) <= limit else None
     except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
-
-
-def _boot_id(root: Path) -> str:
-    try:
-        text = (root / "proc/sys/kernel/random/boot_id").read_text()
-    except OSError:
-        return ""
-    found = re.match(r"[0-9a-f-]{36}", text)
-    return found[0] if found else ""

@@ -5,10 +5,8 @@ Refused as JSON to stdout; anything else that goes wrong is a traceback, a signa
 time. It judges nothing and knows no slots: ``activation`` is the other side.
 """
 
-import ctypes
 import logging
 import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import msgspec
 
 from runtime.candidates import EngineName
+from runtime.command import end_with
 from runtime.errors import BundleError, EngineError, EngineFault, FieldfitError
 from runtime.manifest import Minimum
 
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
 
 _CALLS, _SECONDS, _LEAST = 300, 4.0, 20
 """Each bundle is timed for so many calls, or so long, but for no fewer calls than the last."""
-
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 ProofFault = (
     EngineFault
@@ -90,7 +87,8 @@ class _Beside(NamedTuple):
 def main() -> int:
     """Read the task, write what came of it; 0."""
     task = msgspec.json.decode(sys.stdin.buffer.read(), type=Task)
-    _end_with(task.parent)
+    end_with(task.parent)
+    Path("/proc/self/oom_score_adj").write_text("1000")  # the first to go where memory is short
     # Libraries print; the pipe that carries the answer is not theirs.
     pipe = os.dup(1)
     os.dup2(2, 1)
@@ -165,14 +163,6 @@ def _time(engine: "Engine", image: "UInt8") -> dict[str, float]:
         engine.infer(image)
         taken.append(time.perf_counter() - start)
     return percentiles_ms(np.array(taken))
-
-
-def _end_with(parent: int) -> None:
-    """Die when the one who waits does; and be the first to go where memory is short."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was gone already
-        os.kill(os.getpid(), signal.SIGKILL)
-    Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 if __name__ == "__main__":

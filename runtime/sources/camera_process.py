@@ -8,7 +8,6 @@ and no verdict.
 """
 
 import contextlib
-import ctypes
 import os
 import select
 import signal
@@ -16,6 +15,7 @@ import sys
 
 import msgspec
 
+from runtime.command import end_with
 from runtime.errors import DataError
 from runtime.sources.address import Address
 from runtime.sources.frame_ring import PLACES, RingWriter
@@ -24,7 +24,6 @@ from runtime.sources.grabber import Grabbed, Grabber
 FRAME, ALIVE, OPENED = b"f", b"a", b"o"
 """What the bytes on stdout say."""
 
-_SET_PARENT_DEATH_SIGNAL = 1
 _OUT = 1
 
 
@@ -43,7 +42,7 @@ def main() -> int:
     """0 at the end of a file, 1 if there are no frames any more; stderr says why."""
     with open(0, "rb", buffering=0, closefd=False) as line:  # and not a byte more than that line
         task = msgspec.json.decode(line.readline(), type=Task)
-    _die_with(task.parent)
+    end_with(task.parent)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # sent to the whole group: the parent ends us
     os.set_blocking(_OUT, False)
@@ -106,15 +105,6 @@ def _told_to_end() -> bool:
 def _say(word: bytes) -> None:
     with contextlib.suppress(BlockingIOError):  # then the parent has thousands to read already
         os.write(_OUT, word)
-
-
-def _die_with(parent: int) -> None:
-    """However the parent ends, SIGKILL included, and even while this process is stopped."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0):
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent:  # it has ended before it could be asked for
-        os._exit(1)
 
 
 if __name__ == "__main__":

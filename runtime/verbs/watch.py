@@ -125,6 +125,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _watch(options: argparse.Namespace, state: Path, stack: ExitStack) -> int:
+    from runtime import machine
     from runtime.delivery.identity import device
     from runtime.line.feed import Feed
     from runtime.line.health import Health
@@ -135,7 +136,6 @@ def _watch(options: argparse.Namespace, state: Path, stack: ExitStack) -> int:
     from runtime.line.loop import Line
     from runtime.line.notify import Notifier
     from runtime.line.outbox import Outbox
-    from runtime.line.page.snapshot import boot_id
     from runtime.line.showing import Parts, Showing, starting
     from runtime.line.thermal import Cooling, read_heat
     from runtime.sources import open_source
@@ -149,7 +149,7 @@ def _watch(options: argparse.Namespace, state: Path, stack: ExitStack) -> int:
     model = _open_model(options, state)
     stack.callback(model.close)
     health = Health(model.bundle, files={s.name for s in sources if not s.live})
-    inspector = Inspector(model, boot=boot_id(), ok=options.ok, checks=health)
+    inspector = Inspector(model, boot=machine.boot_id(), ok=options.ok, checks=health)
     outbox = stack.enter_context(Outbox(state / OUTBOX, me.id))
     in_hand = stack.enter_context(closing(InHand(state / IN_HAND)))
     evidence, sending = _evidence(options, health, stack), _sending(options, outbox, stack)

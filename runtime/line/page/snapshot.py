@@ -6,7 +6,6 @@ Nothing here is worth an fsync: a second later it is replaced, and after a power
 earlier start of the machine, which is seen. It judges nothing and knows no HTTP.
 """
 
-import contextlib
 import datetime
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from runtime import machine
 from runtime.line.page.tally import FlagCount, Minute, Tally
 from runtime.line.page.thumbnails import RecentFrame, Thumbnails
 from runtime.line.verdict import Finding, Word
@@ -240,7 +240,7 @@ class Board:
         folder.mkdir(parents=True, exist_ok=True)
         self._tally = Tally(clock)
         self._thumbnails = Thumbnails(folder / PICTURES, ring, per_second, clock)
-        self._boot = boot_id()
+        self._boot = machine.boot_id()
         self._due = float("-inf")
 
     @property
@@ -291,16 +291,9 @@ def read(folder: Path) -> Snapshot | Absent:
 
 def age_s(snapshot: Snapshot) -> float | None:
     """Seconds since it was written; None if the machine was started again meanwhile."""
-    if snapshot.boot != boot_id():
+    if snapshot.boot != machine.boot_id():
         return None
     return max(0.0, time.monotonic() - snapshot.monotonic)
-
-
-def boot_id() -> str:
-    """The kernel's id of this start of the machine."""
-    with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return ""
 
 
 def _replace(path: Path, data: bytes) -> None:
