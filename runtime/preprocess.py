@@ -26,7 +26,6 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
-from PIL.JpegImagePlugin import JpegImageFile
 
 from runtime.errors import DataError
 
@@ -65,6 +64,9 @@ FORMATS = ("BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"
 """What is read, whatever the file is called. Pillow knows more formats, some of which start other
 programs (EPS) or are seldom tested, and files may come from outside."""
 
+
+_JPEG = ("JPEG", "MPO")
+"""What Pillow calls them; MPO holds several, as phones write it."""
 
 _START_OF_SCAN = b"\xff\xda"  # ITU-T T.81, table B.1
 
@@ -237,9 +239,9 @@ def _read(
     if width * height == 0:
         raise DataError(f"{name}: expected a picture, got {width}x{height} pixels")
     try:
-        if isinstance(picture, JpegImageFile) and (scans := _count_scans(picture)) > MAX_SCANS:
+        if picture.format in _JPEG and (scans := _count_scans(picture)) > MAX_SCANS:
             raise DataError(f"{name}: {scans:,} scans, the limit is {MAX_SCANS}; save it again")
-        if isinstance(picture, JpegImageFile) and for_spec and for_spec.scaled_jpeg:
+        if picture.format in _JPEG and for_spec and for_spec.scaled_jpeg:
             side = max(for_spec.size)  # EXIF may exchange height and width
             picture.draft("L" if for_spec.channels == 1 else None, (side, side))
         picture.load()
