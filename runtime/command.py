@@ -66,5 +66,7 @@ def run_command(program: str, run: Callable[[], int], *, interrupted: str = "int
         message = f"{place}: {error.strerror}: {MACHINE_ERRORS[error.errno]}"
     # Only now are the frames gone that the exception held, and with them the progress bars of
     # generators that stopped half-way: what they print comes first, this line last.
-    print(f"{program}: {message}", file=sys.stderr)
+    # In one write: print() makes two where Python is unbuffered, as under torchrun and in most
+    # containers, and the line of another process that shares the stream may come between them.
+    sys.stderr.write(f"{program}: {message}\n")
     return code

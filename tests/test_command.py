@@ -43,3 +43,18 @@ def test_the_explanation_is_the_last_line(
     done = run_command("train", lambda: half_way(make_error), interrupted="interrupted; go on")
     assert done == code
     assert capsys.readouterr().err.splitlines() == ["the bar as it stood", line]
+
+
+def test_the_explanation_is_one_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else another process' line comes between it and its end, as it did under torchrun."""
+    written: list[str] = []
+
+    class Stream:
+        write = staticmethod(written.append)
+
+    def fail() -> int:
+        raise DataError("no images")
+
+    monkeypatch.setattr(sys, "stderr", Stream())
+    assert run_command("train", fail) == 1
+    assert written == ["train: no images\n"]
