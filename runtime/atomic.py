@@ -7,7 +7,6 @@ the folder that holds the name. Without the fsyncs a rename can outlive the byte
 import contextlib
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,6 +35,8 @@ def write_text(path: Path, text: str) -> None:
 @contextlib.contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; it takes that name when the block succeeds."""
+    import tempfile  # a start that writes nothing need not wait for it
+
     make_folder(path.parent)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(descriptor)
@@ -58,6 +59,8 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     A folder cannot be renamed over a full one, so the old one steps aside for the moment between
     two renames; a crash in that moment leaves it beside ``path`` under a ``.old`` name.
     """
+    import tempfile
+
     make_folder(path.parent)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     old = path.with_name(f".{path.name}.old")

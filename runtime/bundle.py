@@ -10,7 +10,6 @@ import hashlib
 import io
 import os
 import stat
-import threading
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -41,41 +40,32 @@ class Bundle:
     changes on disk later is an error when it is read, not an answer.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, read: Read, check: "_Check") -> None:
+    def __init__(self, path: Path, manifest: Manifest, read: Read) -> None:
         self.path = path
         self.manifest = manifest
         self._read = read
-        self._check = check
 
     @classmethod
-    def open(cls, path: str | Path, *, wait: bool = True) -> "Bundle":
+    def open(cls, path: str | Path, *, whole: bool = True) -> "Bundle":
         """Read and verify the bundle at ``path``, a folder or a ``.zip``.
 
-        Large models take a while to hash. ``wait=False`` lets that go on beside what the caller
-        does next, who must call ``wait`` before believing any of it; what is ``read`` is verified
-        in either case.
+        Large models take a while to hash. ``whole=False`` looks at the manifest and at the name,
+        kind and size of each file of a folder; bytes are verified when they are ``read``.
 
         Raises BundleError for anything missing, added, changed, linked, oversized or too new.
         """
         path = Path(path)
         if path.is_dir():
-            bundle = cls(path, *_open_folder(path))
+            manifest, read = _open_folder(path)
+            if whole:
+                _check_files(path, manifest.files)
         elif path.is_file():
-            bundle = cls(path, *_open_zip(path))
+            manifest, read = _open_zip(path)
         else:
             raise BundleError(
                 f"{path}: no such bundle; `make train export` writes build/NAME/bundle"
             )
-        if wait:
-            bundle.wait()
-        return bundle
-
-    def wait(self) -> None:
-        """Return once every byte is known to be as the manifest says.
-
-        Raises BundleError if one is not.
-        """
-        self._check.wait()
+        return cls(path, manifest, read)
 
     def read(self, name: str) -> bytes:
         """The verified bytes of file ``name``, which may be the manifest.
@@ -128,62 +118,47 @@ class Bundle:
         return golden
 
 
-class _Check:
-    """Hashes files in threads of its own, without keeping them: hashing lets others run."""
+def _check_files(folder: Path, entries: Sequence[FileEntry]) -> None:
+    """Hash files without keeping them, in threads: hashing lets others run."""
+    from concurrent.futures import ThreadPoolExecutor  # a start that reads one form does without
 
-    def __init__(self, folder: Path, entries: Sequence[FileEntry]) -> None:
-        self._folder = folder
-        self._left = sorted(entries, key=lambda entry: entry.size)  # popped from the end
-        self._errors: list[BundleError] = []
-        count = min(len(entries), len(os.sched_getaffinity(0)), _CHECKING_THREADS)
-        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(count)]
-        for thread in self._threads:
-            thread.start()
-
-    def wait(self) -> None:
-        for thread in self._threads:
-            thread.join()
-        if self._errors:
-            raise min(self._errors, key=str)  # the same one, whichever thread was first
-
-    def _run(self) -> None:
-        buffer = memoryview(bytearray(_CHUNK))
-        while True:
-            try:
-                entry = self._left.pop()
-            except IndexError:
-                return
-            try:
-                _check_file(self._folder / entry.name, entry, buffer)
-            except BundleError as error:
-                self._errors.append(error)
+    with ThreadPoolExecutor(min(len(os.sched_getaffinity(0)), _CHECKING_THREADS)) as pool:
+        largest_first = sorted(entries, key=lambda entry: -entry.size)
+        checks = [pool.submit(_check_file, folder / entry.name, entry) for entry in largest_first]
+    errors = [error for check in checks if (error := check.exception())]
+    if errors:
+        raise min(errors, key=str)  # the same one, whichever thread was first
 
 
-def _check_file(path: Path, entry: FileEntry, buffer: memoryview) -> None:
-    digest, size = hashlib.sha256(), 0
+def _check_file(path: Path, entry: FileEntry) -> None:
+    digest, size, buffer = hashlib.sha256(), 0, memoryview(bytearray(_CHUNK))
     with _reading(path), path.open("rb", buffering=0) as file:
         # One byte more than it should have is enough to know.
         while size <= entry.size and (count := file.readinto(buffer)):
             digest.update(buffer[:count])
             size += count
-    _compare(entry, size, digest.hexdigest(), str(path.parent))
+    _compare_size(entry, size, str(path.parent))
+    _compare_digest(entry, digest.hexdigest(), str(path.parent))
 
 
-def _open_folder(folder: Path) -> tuple[Manifest, Read, _Check]:
-    found: dict[str, Path] = {}
+def _open_folder(folder: Path) -> tuple[Manifest, Read]:
+    found: dict[str, int] = {}
     for file in folder.iterdir():
-        mode = file.lstat().st_mode
-        if not stat.S_ISREG(mode):
-            kind = "a link" if stat.S_ISLNK(mode) else "a folder or device"
+        status = file.lstat()
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a link" if stat.S_ISLNK(status.st_mode) else "a folder or device"
             raise BundleError(f"{file}: expected only plain files in a bundle, got {kind}")
-        found[file.name] = file
+        found[file.name] = status.st_size
         if len(found) > MAX_FILES + 1:
             raise BundleError(f"{folder}: more than {MAX_FILES} files; this is no bundle")
     if MANIFEST not in found:
         raise BundleError(f"{folder}: has no {MANIFEST}; this is no bundle, or it was cut short")
-    head = _read_file(found.pop(MANIFEST), MAX_MANIFEST_BYTES)
+    del found[MANIFEST]
+    head = _read_file(folder / MANIFEST, MAX_MANIFEST_BYTES)
     manifest = decode(head)
     _check_names(manifest, set(found), str(folder))
+    for entry in manifest.files:
+        _compare_size(entry, found[entry.name], str(folder))
     entries = {entry.name: entry for entry in manifest.files}
 
     def read(name: str) -> bytes:
@@ -191,10 +166,10 @@ def _open_folder(folder: Path) -> tuple[Manifest, Read, _Check]:
             return head
         return _verified(entries[name], _read_file(folder / name, entries[name].size), str(folder))
 
-    return manifest, read, _Check(folder, manifest.files)
+    return manifest, read
 
 
-def _open_zip(path: Path) -> tuple[Manifest, Read, _Check]:
+def _open_zip(path: Path) -> tuple[Manifest, Read]:
     if path.stat().st_size > MAX_ZIP_BYTES:
         raise BundleError(f"{path}: larger than the limit of {MAX_ZIP_BYTES:,} bytes")
     data = _read_file(path, MAX_ZIP_BYTES)
@@ -212,7 +187,7 @@ def _open_zip(path: Path) -> tuple[Manifest, Read, _Check]:
     _check_names(manifest, set(contents) - {MANIFEST}, str(path))
     for entry in manifest.files:
         _verified(entry, contents[entry.name], str(path))
-    return manifest, contents.__getitem__, _Check(path, ())
+    return manifest, contents.__getitem__
 
 
 def encode_zip(contents: dict[str, bytes]) -> bytes:
@@ -263,16 +238,20 @@ def _read_file(path: Path, limit: int) -> bytes:
 
 
 def _verified(entry: FileEntry, data: bytes, place: str) -> bytes:
-    _compare(entry, len(data), hashlib.sha256(data).hexdigest(), place)
+    _compare_size(entry, len(data), place)
+    _compare_digest(entry, hashlib.sha256(data).hexdigest(), place)
     return data
 
 
-def _compare(entry: FileEntry, size: int, digest: str, place: str) -> None:
+def _compare_size(entry: FileEntry, size: int, place: str) -> None:
     if size != entry.size:
         raise BundleError(
             f"{place}: {entry.name}: expected {entry.size:,} bytes, got "
             f"{'more' if size > entry.size else f'{size:,}'}; copy the bundle again"
         )
+
+
+def _compare_digest(entry: FileEntry, digest: str, place: str) -> None:
     if digest != entry.sha256:
         raise BundleError(
             f"{place}: {entry.name}: changed since export "

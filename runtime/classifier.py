@@ -88,20 +88,15 @@ class Classifier:
         by default $FIELDFIT_CACHE or ~/.cache/fieldfit. The first opening on a device builds and
         measures, which can take minutes with TensorRT.
 
-        Raises BundleError if a byte is not as the manifest says, EngineError if nothing can run
-        it here.
+        Raises BundleError if a byte that it needs is not as the manifest says (`fieldfit verify`
+        looks at all), EngineError if nothing can run it here.
         """
-        bundle = Bundle.open(path, wait=False)
+        # A device runs one form of several; the others are verified if it ever turns to them.
+        bundle = Bundle.open(path, whole=False)
         check_runtime(bundle)
         request = Request(engine, form, require, threads, device)
         plans = PlanCache(Path(cache)) if cache else PlanCache.default()
-        choice = choose_engine(bundle, request, cache=plans)
-        try:
-            bundle.wait()  # for the files that this engine did not read
-        except BundleError:
-            choice.engine.close()
-            raise
-        return cls(bundle, choice)
+        return cls(bundle, choose_engine(bundle, request, cache=plans))
 
     @property
     def reasons(self) -> list[str]:

@@ -74,6 +74,9 @@ _START_OF_SCAN = b"\xff\xda"  # ITU-T T.81, table B.1
 _COMMON = ("BMP", "DIB", "GIF", "JPEG", "PNG", "PPM")
 """Those of FORMATS that ``Image.preinit`` brings."""
 
+_BY_SUFFIX = {".png": ("PNG",), ".jpg": ("JPEG",), ".jpeg": ("JPEG",)}
+"""What a name promises; it need not be kept."""
+
 
 class Resize(str, enum.Enum):
     """How a picture is brought to the model's size (timm's crop modes)."""
@@ -215,7 +218,13 @@ def _open(
 
 
 def _identify(source: Path | io.BytesIO) -> Image.Image:
-    """Try the formats whose readers are quick to import first: most files are one of them."""
+    """Try first what costs least to import: a first answer waits for the reader of its format.
+
+    That is the one that the name promises, then those that ``Image.preinit`` brings, then all.
+    """
+    if isinstance(source, Path) and (promised := _BY_SUFFIX.get(source.suffix.lower())):
+        with contextlib.suppress(UnidentifiedImageError):
+            return Image.open(source, formats=promised)
     Image.preinit()
     try:
         return Image.open(source, formats=_COMMON)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from runtime import Classifier
 from runtime.__main__ import main as fieldfit
 from runtime.bundle import Bundle, encode_zip
 from runtime.errors import BundleError
@@ -63,6 +64,23 @@ def flipped(path: Path, position: int, bits: int) -> Iterator[None]:
         os.pwrite(file.fileno(), bytes([byte ^ bits]), position)
         yield
         os.pwrite(file.fileno(), bytes([byte]), position)
+
+
+def test_a_start_reads_what_it_needs_and_no_byte_of_that_unverified(bundle: Path) -> None:
+    """Hashing every form would make a device read a hundred megabytes for ten, at each start."""
+    with flipped(bundle / "fp32.onnx", 1000, 0x10):
+        with Classifier.open(bundle, form="int8-cpu") as classifier:
+            assert classifier.selftest.passed
+        with pytest.raises(BundleError, match=r"fp32\.onnx: changed since export"):
+            Classifier.open(bundle, form="fp32")
+        assert fieldfit(["verify", str(bundle)]) == 1
+    for needed in ("int8-cpu.onnx", "golden.npz", "manifest.json"):
+        with flipped(bundle / needed, 1000, 0x10), pytest.raises(BundleError):
+            Classifier.open(bundle, form="int8-cpu")
+    short = bundle / "fp32.onnx"
+    short.write_bytes(short.read_bytes()[:-1])
+    with pytest.raises(BundleError, match=r"fp32.onnx: expected [\d,]+ bytes"):
+        Classifier.open(bundle, form="int8-cpu")
 
 
 def test_a_flipped_byte_anywhere_in_the_zip_is_refused(bundle: Path) -> None:

@@ -99,7 +99,7 @@ def test_a_file_that_is_declared_larger_than_it_is(tiny: Path) -> None:
         with pytest.raises(BundleError, match="expected 2,147,483,648 bytes"):
             Bundle.open(tiny)
         with pytest.raises(BundleError, match="expected 2,147,483,648 bytes"):
-            Bundle.open(tiny, wait=False).read("fp32.onnx")
+            Bundle.open(tiny, whole=False)
 
 
 def test_files_of_a_folder_that_are_larger_than_declared(tiny: Path) -> None:

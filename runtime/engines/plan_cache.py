@@ -14,7 +14,6 @@ import datetime
 import hashlib
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -271,6 +270,8 @@ class PlanCache:
 
     def writable(self) -> str:
         """Why plans cannot be kept here, or nothing. It tries: the folder is made."""
+        import tempfile  # only who asks pays for it
+
         try:
             with tempfile.TemporaryFile(dir=self._make_place()) as file:
                 file.write(bytes(4096))
