@@ -33,6 +33,10 @@ LEAST_PRICE = 0.002
 """What costs less than this share of the time is as good as free."""
 
 
+SENSITIVITY = "sensitivity.json"
+"""Beside the table: what ``scan`` found, by form."""
+
+
 class Emit(Protocol):
     """A dialect's ``emit``."""
 

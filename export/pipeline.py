@@ -21,6 +21,8 @@ import onnxruntime
 import torch
 
 from calibration import Emitted, calibrate, check_kernels
+from calibration.sensitivity import SENSITIVITY
+from export.answers import ANSWERS, CHECKPOINT, encode_answers
 from export.engines import prove_engine
 from export.float16 import (
     activation_overflows,
@@ -33,7 +35,7 @@ from export.golden import choose_golden
 from export.held_out import HeldOut, answers, ask_checkpoint, examine
 from export.onnx_graph import to_onnx
 from export.parity import check_batches, check_checkpoint, measure
-from export.precision_ladder import Material, PrecisionLadder, Rung, material_of
+from export.precision_ladder import EMITTERS, Material, PrecisionLadder, Rung, material_of
 from export.reference import make_reference
 from export.release import (
     RELEASE,
@@ -120,6 +122,7 @@ class _Job:
         for form in recipe.export.forms:
             self.reports.append(self._make(form, graph))
         self._time_forms()
+        self._keep_answers()
         statistics = self._reference()
         release = Release(
             name=recipe.name,
@@ -270,6 +273,16 @@ class _Job:
             form=form, released=judged.passed, reason=judged.reason, bytes=len(data),
             attempts=(attempt,), engine=proof, kernels=kernels,
         )  # fmt: skip
+
+    def _keep_answers(self) -> None:
+        """What only a report asks for, beside the records."""
+        logits = {CHECKPOINT: self.test.logits, **self.logits}
+        atomic.write_bytes(self.recipe.build / ANSWERS, encode_answers(self.test.labels, logits))
+        if self.ladder is not None:
+            forms = [r.form for r in self.reports if r.form in EMITTERS and r.attempts]
+            layers = {form: self.ladder.sensitivities(form) for form in forms}
+            data = msgspec.json.format(msgspec.json.encode(layers), indent=1)
+            atomic.write_bytes(self.recipe.build / "calibration" / SENSITIVITY, data)
 
     def _time_forms(self) -> None:
         """Speed on a CPU is known here; what TensorRT makes of its forms only the device knows."""

@@ -1,0 +1,76 @@
+"""Pictures in a page: drawings as SVG that follow the page's light and dark, photographs inline.
+
+It does not know what they show.
+"""
+
+import base64
+import hashlib
+import io
+import re
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+from markupsafe import Markup, escape
+from matplotlib.figure import Figure
+from PIL import Image
+
+from runtime.preprocess import ImageLike, decode
+from train import plots
+
+SIDE = 160
+"""Of a photograph, in pixels: sharp at the size of a thumb."""
+
+COLOURS = {
+    plots.BLACK: "currentColor",
+    "#FFFFFF": "var(--paper)",
+    "#DADADA": "var(--line)",
+    plots.ORANGE: "var(--orange)",
+    plots.GREEN: "var(--green)",
+    plots.BLUE: "var(--blue)",
+    plots.RED: "var(--red)",
+    plots.PURPLE: "var(--purple)",
+    plots.SKY: "var(--sky)",
+}
+"""What the colours of train/plots are called in the page, which has them for light and dark."""
+
+_COLOUR = re.compile("|".join(COLOURS), re.IGNORECASE)
+
+
+def svg(figure: Figure, alt: str) -> Markup:
+    """``figure`` as inline SVG; ``alt`` says in words what is to be seen in it."""
+    file = io.StringIO()
+    # Ids are names within the page: of two drawings they must differ, of two reports they need not.
+    salt = hashlib.sha256(alt.encode()).hexdigest()
+    # Text as outlines: it keeps the width that the layout was made for, whatever fonts there are.
+    with mpl.rc_context({"svg.fonttype": "path", "svg.hashsalt": salt}):
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    drawing = file.getvalue()
+    drawing = drawing[drawing.index("<svg ") :]
+    drawing = _COLOUR.sub(lambda found: COLOURS[found[0].upper()], drawing)
+    drawing = re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"', r"<svg \1", drawing, count=1)
+    head = f'<svg role="img" aria-label="{escape(alt)}" '
+    return Markup('<div class="drawing">{}</div>').format(Markup(head + drawing[5:]))
+
+
+def photo(image: ImageLike, alt: str, *, side: int = SIDE) -> Markup:
+    """``image`` as it is, at most ``side`` pixels a side, inline.
+
+    Raises DataError if it cannot be read.
+    """
+    picture = decode(image)
+    picture.thumbnail((side, side), Image.Resampling.BOX)
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=80)
+    data = base64.b64encode(file.getvalue()).decode()
+    return Markup('<img loading="lazy" alt="{}" src="data:image/jpeg;base64,{}">').format(alt, data)
+
+
+Levels = npt.NDArray[np.uint8]
+"""An image as the model sees it: uint8 ``[H, W, C]``."""
+
+
+def seen(path: Path) -> bool:
+    """Whether the image is still where it was."""
+    return path.is_file()

@@ -1,0 +1,55 @@
+"""The page: sections in the order in which they are read, in one file without scripts.
+
+It does not know what a section says.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from export.report.facts import Facts
+from runtime import atomic
+
+REPORT = "report.html"
+
+_TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
+class Section(NamedTuple):
+    """A part of the page."""
+
+    id: str
+    title: str
+    lead: str
+    """What is found here, in a sentence that may be read alone."""
+    body: Markup
+
+
+Make = Callable[[Facts], Section | None]
+"""None where there is nothing of the kind: a report without source images has no retention."""
+
+
+def render(template: str, **values: object) -> Markup:
+    """The template of this name in ``templates/``, filled in; values are escaped."""
+    return Markup(_TEMPLATES.get_template(template).render(**values))
+
+
+def sections() -> tuple[Make, ...]:
+    """All there are, in reading order."""
+    return ()
+
+
+def write_report(path: Path, facts: Facts) -> None:
+    """Write the page of ``facts``, whole or not at all."""
+    made = [section for make in sections() if (section := make(facts)) is not None]
+    page = render("page.html", facts=facts, sections=made)
+    atomic.write_text(path, page)
