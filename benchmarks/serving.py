@@ -68,7 +68,9 @@ def measure(options: Options) -> Report:
         with started("--bundle", options.bundle) as service:
             heavy[clients] = _heavy(service, files[0], times * clients, clients)
     rounds = QUICK_ROUNDS if quick else ROUNDS
-    with started("--bundle", options.bundle) as service:
+    with contextlib.ExitStack() as stack:
+        with _only_on(DEVICE):
+            service = stack.enter_context(started("--bundle", options.bundle))
         seconds = QUICK_PHASE_S if quick else PHASE_S
         phases = [
             _round(options.bundle, service, files, seconds)
@@ -192,12 +194,28 @@ def heavy_requests() -> list[bytes]:
 # --- the flood
 
 
+CORES = sorted(os.sched_getaffinity(0))
+DEVICE, ELSEWHERE = CORES[:-1] or CORES, CORES[-1:]
+"""Cores of the service and the camera, and of the clients, which on a line are other machines."""
+
+
+@contextlib.contextmanager
+def _only_on(cores: Sequence[int]) -> Iterator[None]:
+    """Processes that are started within run there."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
 GOODPUT_NOTE = (
     f"{PICTURE}-px PNG files to /classify; {CLIENTS} clients at the peak. Of the flood, what was "
     f"not answered was refused with 503, or lost: no connection or no answer within "
-    f"{PATIENCE_S:g} s. The clients run on the same cores as the service and take a share of them "
-    "that clients elsewhere would not, the more of it the more they ask. The service yields to "
-    "everything else on the machine, so other work there (the load below) costs it answers."
+    f"{PATIENCE_S:g} s. Service and camera share {len(DEVICE)} of {len(CORES)} cores, the clients "
+    "run on the last one. The service yields to everything else on the machine, so other work "
+    "there (the load below) costs it answers."
 )
 
 
@@ -235,7 +253,7 @@ class Round(NamedTuple):
 
 
 def _round(bundle: Path, service: Running, files: Sequence[bytes], seconds: float) -> Round:
-    with _camera(bundle) as camera:
+    with _only_on(DEVICE), _camera(bundle) as camera:
         quiet, _ = camera.beside(None, seconds)
         busy, peak = camera.beside([service.url, "closed", str(CLIENTS)], seconds)
         assert peak is not None
@@ -256,7 +274,8 @@ class _Camera(NamedTuple):
         loading = None
         if load is not None:
             words = ["load", str(self.bundle), *load, str(seconds + 1)]
-            loading = subprocess.Popen(_command(words), stdout=subprocess.PIPE, text=True)
+            with _only_on(ELSEWHERE):
+                loading = subprocess.Popen(_command(words), stdout=subprocess.PIPE, text=True)
             assert loading.stdout is not None
             loading.stdout.readline()  # it has begun
         self.process.stdin.write(f"{int(seconds * FRAMES_A_SECOND)}\n")
@@ -311,7 +330,6 @@ def run_load(bundle: Path, url: str, kind: str, number: float, seconds: float) -
     ``closed``: so many clients, each asks again when it has its answer. ``open``: so many requests
     a second, whatever becomes of them, each on a connection of its own.
     """
-    os.nice(10)  # as the service's: what it costs is not taken from the camera in its name
     load = _Clients(url, [encode("POST", "/classify", file) for file in _pictures(bundle)])
     print(flush=True)
     load.run(kind, number, seconds)
