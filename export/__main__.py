@@ -1,7 +1,8 @@
 """``python -m export RECIPE``: prove a trained model in every precision and write its bundle.
 
-Leaves ``build/NAME/bundle/``, ``NAME-VERSION.zip``, ``release.json`` and ``samples/``.
-``python -m export gate BUNDLE`` judges a bundle again, from it and the images alone. ``publish``,
+Leaves ``build/NAME/bundle/``, ``NAME-VERSION.zip``, ``release.json``, ``report.html`` and
+``samples/``. ``python -m export gate BUNDLE`` judges a bundle again, from it and the images alone;
+``report`` writes the page about the last export again. ``publish``,
 ``promote``, ``rollback``, ``refresh`` and ``keys`` bring bundles to devices.
 """
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 
 GATE = "gate"
+REPORTING = "report"
 KEYS = "keys"
 PUBLISHING = ("publish", "promote", "rollback", "refresh", KEYS)
 
@@ -31,6 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
     if words[:1] == [GATE]:
         return _gate(words[1:])
+    if words[:1] == [REPORTING]:
+        return _report(words[1:])
     if words and words[0] in PUBLISHING:
         return _publishing(words[0], words[1:])
     parser = argparse.ArgumentParser(
@@ -75,6 +79,51 @@ def _gate(words: list[str]) -> int:
     add_arguments(parser)
     options = parser.parse_args(words)
     return run_command("export", lambda: run(options))
+
+
+def _report(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m export {REPORTING}",
+        description="Write build/NAME/report.html again, the page that explains the last export of "
+        "a recipe, from the records that it left. Nothing is measured.",
+        epilog="Example: python -m export report train/recipes/solar.toml --open",
+    )
+    parser.add_argument("recipe", type=Path, help="the TOML file that was exported")
+    parser.add_argument("--open", action="store_true", help="show it in a browser")
+    options = parser.parse_args(words)
+
+    def run() -> int:
+        from runtime.recipe import load_recipe
+
+        page = _write_report(load_recipe(options.recipe), options.recipe)
+        print(page)
+        if options.open:
+            _open(page)
+        return 0
+
+    return run_command("export", run)
+
+
+def _write_report(recipe: "Recipe", file: Path) -> Path:
+    from export.report.contents import write_report
+    from export.report.facts import read_facts
+    from export.report.page import REPORT
+    from train import console
+
+    facts = read_facts(recipe)._replace(file=file)
+    page = recipe.build / REPORT
+    write_report(page, facts, lambda sections: console.track(sections, "report"))
+    return page
+
+
+def _open(page: Path) -> None:
+    """Show it, or say where it is: a machine may have no browser."""
+    import webbrowser
+
+    from train import console
+
+    if not webbrowser.open(page.resolve().as_uri()):
+        console.say(f"no browser could be opened here; the report is {page}")
 
 
 def _publishing(verb: str, words: list[str]) -> int:

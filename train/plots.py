@@ -30,6 +30,7 @@ PANELS = 4
 BLACK, ORANGE, GREEN, BLUE = "#000000", "#E69F00", "#009E73", "#0072B2"
 RED, PURPLE, SKY = "#D55E00", "#CC79A7", "#56B4E9"
 COLOURS = (PURPLE, BLUE, ORANGE, SKY, RED, BLACK)
+GRID = "#E4E4E4"
 
 
 LEAST_SPAN = 0.1
@@ -249,7 +250,7 @@ def style() -> AbstractContextManager[None]:
             "axes.spines.right": False,
             "axes.grid": True,
             "axes.axisbelow": True,
-            "grid.color": "#E4E4E4",
+            "grid.color": GRID,
             "text.parse_math": False,  # a name may have a dollar sign
         }
     )

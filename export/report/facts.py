@@ -35,6 +35,8 @@ class Facts(NamedTuple):
     table: Table | None
     sensitivities: Mapping[str, tuple[LayerSensitivity, ...]]
     """Each layer alone in INT8, worst first, by form."""
+    file: Path | None = None
+    """The recipe's file, where its name is known."""
 
 
 def read_facts(recipe: Recipe) -> Facts:

@@ -25,7 +25,7 @@ SIDE = 160
 COLOURS = {
     plots.BLACK: "currentColor",
     "#FFFFFF": "var(--paper)",
-    "#DADADA": "var(--line)",
+    plots.GRID: "var(--line)",
     plots.ORANGE: "var(--orange)",
     plots.GREEN: "var(--green)",
     plots.BLUE: "var(--blue)",

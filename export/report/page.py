@@ -3,7 +3,7 @@
 It does not know what a section says.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,13 +43,7 @@ def render(template: str, **values: object) -> Markup:
     return Markup(_TEMPLATES.get_template(template).render(**values))
 
 
-def sections() -> tuple[Make, ...]:
-    """All there are, in reading order."""
-    return ()
-
-
-def write_report(path: Path, facts: Facts) -> None:
-    """Write the page of ``facts``, whole or not at all."""
-    made = [section for make in sections() if (section := make(facts)) is not None]
-    page = render("page.html", facts=facts, sections=made)
-    atomic.write_text(path, page)
+def write_page(path: Path, facts: Facts, sections: Iterable[Make]) -> None:
+    """Write the page of what ``sections`` make of ``facts``, whole or not at all."""
+    made = [section for make in sections if (section := make(facts)) is not None]
+    atomic.write_text(path, render("page.html", facts=facts, sections=made))
