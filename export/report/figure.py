@@ -26,6 +26,7 @@ COLOURS = {
     plots.BLACK: "currentColor",
     "#FFFFFF": "var(--paper)",
     plots.GRID: "var(--line)",
+    "#DADADA": "var(--line)",
     plots.ORANGE: "var(--orange)",
     plots.GREEN: "var(--green)",
     plots.BLUE: "var(--blue)",
