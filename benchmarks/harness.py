@@ -5,6 +5,7 @@ are compared round by round, in CPU time of this process: the claim is always a 
 """
 
 import datetime
+import functools
 import os
 import platform
 import subprocess
@@ -55,7 +56,7 @@ class Spread(msgspec.Struct, frozen=True):
     p90: float
 
     def __str__(self) -> str:
-        return f"{_digits(self.median)} ({_digits(self.p10)} to {_digits(self.p90)})"
+        return f"{digits(self.median)} ({digits(self.p10)} to {digits(self.p90)})"
 
 
 class Times(msgspec.Struct):
@@ -63,6 +64,22 @@ class Times(msgspec.Struct):
 
     cpu: list[float] = []
     wall: list[float] = []
+
+
+class Seconds(NamedTuple):
+    """What one turn of a candidate took."""
+
+    cpu: float
+    wall: float
+
+
+class Bar(msgspec.Struct, frozen=True):
+    """A promise with a number: what was asked, what came of it."""
+
+    what: str
+    bar: str
+    value: str
+    holds: bool
 
 
 class Table(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,6 +97,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     title: str
     tables: tuple[Table, ...]
     figures: dict[str, object]
+    bars: tuple[Bar, ...] = ()
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
@@ -111,20 +129,58 @@ def interleave(
     for call in candidates.values():
         for _ in range(warmup):
             call()
-    times = {name: Times() for name in candidates}
-    end = clocks.wall() + seconds
+
+    def turn(call: Callable[[], object]) -> Seconds:
+        for _ in range(settle):
+            call()
+        cpu, wall = clocks.cpu(), clocks.wall()
+        for _ in range(calls):
+            call()
+        wall = clocks.wall() - wall
+        return Seconds((clocks.cpu() - cpu) / calls, wall / calls)
+
+    turns = {name: functools.partial(turn, call) for name, call in candidates.items()}
+    return take_turns(turns, seconds=seconds, least=least, wall=clocks.wall)
+
+
+def take_turns(
+    turns: Mapping[str, Callable[[], Seconds]],
+    *,
+    seconds: float,
+    least: int = 5,
+    wall: Callable[[], float] = time.perf_counter,
+) -> dict[str, Times]:
+    """Let candidates that measure themselves, in processes of their own, take turns.
+
+    As ``interleave``: for about ``seconds`` in all, at least ``least`` rounds.
+    """
+    times = {name: Times(cpu=[], wall=[]) for name in turns}
+    end = wall() + seconds
     rounds = 0
-    while rounds < least or clocks.wall() < end:
-        for name, call in candidates.items():
-            for _ in range(settle):
-                call()
-            cpu, wall = clocks.cpu(), clocks.wall()
-            for _ in range(calls):
-                call()
-            times[name].wall.append((clocks.wall() - wall) / calls)
-            times[name].cpu.append((clocks.cpu() - cpu) / calls)
+    while rounds < least or wall() < end:
+        for name, turn in turns.items():
+            taken = turn()
+            times[name].cpu.append(taken.cpu)
+            times[name].wall.append(taken.wall)
         rounds += 1
     return times
+
+
+def at_least(what: str, value: float | Spread, bar: float, unit: str = "") -> Bar:
+    """``value``, or its median, must not be below ``bar``."""
+    return Bar(what, f"at least {bar:g}{unit}", *_held(value, unit, lambda found: found >= bar))
+
+
+def at_most(what: str, value: float | Spread, bar: float, unit: str = "") -> Bar:
+    """``value``, or its median, must not be above ``bar``."""
+    return Bar(what, f"at most {bar:g}{unit}", *_held(value, unit, lambda found: found <= bar))
+
+
+def _held(value: float | Spread, unit: str, holds: Callable[[float], bool]) -> tuple[str, bool]:
+    found, shown = (
+        (value.median, str(value)) if isinstance(value, Spread) else (value, digits(value))
+    )
+    return shown + unit, holds(found)
 
 
 def spread(values: Iterable[float], *, scale: float = 1.0) -> Spread:
@@ -184,20 +240,38 @@ def write(record: Record, folder: Path = RESULTS, page: Path | None = None) -> l
 def markdown(record: Record) -> str:
     """The tables of ``record``, and under them how they were made."""
     parts = [f"# {record.report.title}"]
-    for table in record.report.tables:
-        parts += [f"## {table.title}", _grid(table), *table.notes]
+    tables = list(record.report.tables)
+    if record.report.bars:
+        tables.append(bars_table(record.report.bars))
+    for table in tables:
+        parts += [f"## {table.title}", grid(table), *table.notes]
     facts = "; ".join(f"{name} {value}" for name, value in record.machine.items())
     parts.append(f"Made by `{record.command}` on {record.date}. {facts}.")
     return "\n\n".join(parts) + "\n"
 
 
-def _grid(table: Table) -> str:
+def verdict(holds: bool) -> str:
+    """The one wording of bars."""
+    return "holds" if holds else "**does not hold**"
+
+
+def bars_table(bars: Sequence[Bar]) -> Table:
+    """What was asked and what came of it."""
+    return Table(
+        title="Bars",
+        columns=("bar", "asked", "measured", "verdict"),
+        rows=tuple((bar.what, bar.bar, bar.value, verdict(bar.holds)) for bar in bars),
+    )
+
+
+def grid(table: Table) -> str:
+    """``table`` in Markdown, without its title and notes."""
     lines = [table.columns, ("---", *["---:"] * (len(table.columns) - 1)), *table.rows]
     # A bar inside a cell would begin a new one.
     return "\n".join(f"| {' | '.join(c.replace('|', '/') for c in cells)} |" for cells in lines)
 
 
-def _digits(value: float) -> str:
+def digits(value: float) -> str:
     """Three significant digits: more would be noise."""
     places = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
     return f"{value:.{places}f}"
