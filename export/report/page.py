@@ -5,13 +5,15 @@ It does not know what a section says.
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from export.report.facts import Facts
 from runtime import atomic
+
+if TYPE_CHECKING:  # facts need torch; a page of another kind does not
+    from export.report.facts import Facts
 
 REPORT = "report.html"
 
@@ -34,7 +36,7 @@ class Section(NamedTuple):
     body: Markup
 
 
-Make = Callable[[Facts], Section | None]
+Make: TypeAlias = "Callable[[Facts], Section | None]"
 """None where there is nothing of the kind: a report without source images has no retention."""
 
 
@@ -43,7 +45,7 @@ def render(template: str, **values: object) -> Markup:
     return Markup(_TEMPLATES.get_template(template).render(**values))
 
 
-def write_page(path: Path, facts: Facts, sections: Iterable[Make]) -> None:
+def write_page(path: Path, facts: "Facts", sections: Iterable[Make]) -> None:
     """Write the page of what ``sections`` make of ``facts``, whole or not at all."""
     made = [section for make in sections if (section := make(facts)) is not None]
     atomic.write_text(path, render("page.html", facts=facts, sections=made))
