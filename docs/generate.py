@@ -5,16 +5,19 @@ are docstrings of ``runtime`` and the help texts of the commands.
 """
 
 import ast
+import contextlib
 import datetime
+import importlib
 import inspect
+import io
 import itertools
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from unittest import mock
 
 import msgspec
 
@@ -89,18 +92,24 @@ def commands_page() -> str:
         "one line that says what to do, 2 wrong usage, 130 interrupted.",
     ]
     for module, *verb in COMMANDS:
-        command = ["fieldfit"] if module == "runtime" else [f"python -m {module}"]
-        name = " ".join([*command, *verb])
-        done = subprocess.run(
-            [sys.executable, "-m", module, *verb, "--help"],
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd=DOCS.parent,
-            env={**os.environ, "COLUMNS": "88", "NO_COLOR": "1", "PYTHON_COLORS": "0"},
-        )
-        lines += ["", f"## {name}", "", "```text", done.stdout.rstrip(), "```"]
+        program = "fieldfit" if module == "runtime" else f"python -m {module}"
+        name = " ".join([program, *verb])
+        lines += ["", f"## {name}", "", "```text", _help(module, verb).rstrip(), "```"]
     return "\n".join(lines) + "\n"
+
+
+def _help(module: str, verb: list[str]) -> str:
+    """What ``--help`` prints, whatever the terminal is."""
+    main = importlib.import_module(f"{module}.__main__").main
+    printed = io.StringIO()
+    plain = {"COLUMNS": "88", "NO_COLOR": "1", "PYTHON_COLORS": "0"}
+    with (
+        mock.patch.dict(os.environ, plain),
+        contextlib.redirect_stdout(printed),
+        contextlib.suppress(SystemExit),
+    ):
+        main([*verb, "--help"])
+    return printed.getvalue()
 
 
 def doctor_page() -> str:
