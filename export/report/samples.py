@@ -4,7 +4,7 @@ It does not know how images were split (train/splits) nor how field photos are s
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +26,6 @@ FEW = 12
 NAMED = 10
 """Files that were set aside or are duplicates, by name."""
 
-DOMAINS: tuple[Domain, ...] = ("source", "target")
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 NO_LABEL = "no label"
 
@@ -40,59 +39,58 @@ class Counts(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """One image in a row of samples."""
+    """One sample."""
 
-    image: Markup
-    twin: Markup | None
-    """What a simulated field photo was made of."""
+    images: tuple[Markup, ...]
+    """One, or a clean image and the field photo that was simulated from it."""
     caption: str
 
 
 class Pictured(NamedTuple):
-    """A class and its samples, by domain or as pairs."""
+    """A class and its samples by what they are called."""
 
     name: str
-    groups: tuple[tuple[str, tuple[Picture, ...]], ...]
+    groups: Mapping[str, tuple[Picture, ...]]
 
 
 def make(facts: Facts) -> Section:
     """The section; every recipe has images."""
-    dataset = facts.dataset
-    domains = [d for d in DOMAINS if any(e.domain == d for e in dataset.examples)]
-    names = [*dataset.classes, *([None] if any(e.label is None for e in dataset.examples) else [])]
-    # By group, as train/simulate documents it: a group of the user's own names no single image.
-    pairs = find_twins(dataset.examples) if facts.recipe.data.target == SIMULATED else {}
+    dataset, kinds = facts.dataset, _kinds(facts)
+    simulated = facts.recipe.data.target == SIMULATED
+    twins = find_twins(dataset.examples) if simulated else {}
+    labels = _labels(dataset)
     body = render(
         "samples.html",
-        classes=[_pictured(name, dataset, pairs, facts.recipe.input) for name in names[:PICTURED]],
-        left=len(names[PICTURED:]),
-        domains=[_domain_name(domain, facts) for domain in domains],
+        classes=[
+            _pictured(label, dataset, kinds, twins, facts.recipe.input)
+            for label in labels[:PICTURED]
+        ],
+        unpictured=len(labels[PICTURED:]),
+        kinds=list(kinds.values()),
         splits=SPLITS,
         counts=count_images(dataset),
-        few=len(names) <= FEW,
-        set_aside=dataset.set_aside,
-        reasons=Counter(a.reason for a in dataset.set_aside).most_common(),
-        duplicates=dataset.duplicates,
+        few=len(labels) <= FEW,
+        set_aside=[(Path(s.path).name, s.reason) for s in dataset.set_aside],
+        duplicates=[[Path(path).name for path in paths] for paths in dataset.duplicates],
         named=NAMED,
-        file_name=lambda path: Path(path).name,
     )
     return Section("samples", "Clean and field images", _lead(facts), body)
 
 
 def count_images(dataset: Dataset) -> tuple[Counts, ...]:
     """Images of all classes, of each class, and of those without label, if there are any."""
-    domains = [d for d in DOMAINS if any(e.domain == d for e in dataset.examples)]
+    domains = sorted({e.domain for e in dataset.examples})
     found = Counter((e.label, e.domain, e.split) for e in dataset.examples)
-    names = [*dataset.classes, *([None] if any(e.label is None for e in dataset.examples) else [])]
+    labels = _labels(dataset)
 
-    def row(title: str, labels: Sequence[str | None]) -> Counts:
+    def row(name: str, members: Sequence[str | None]) -> Counts:
         numbers: list[int] = []
         for domain in domains:
-            by_split = [sum(found[name, domain, split] for name in labels) for split in SPLITS]
+            by_split = [sum(found[label, domain, split] for label in members) for split in SPLITS]
             numbers += [*by_split, sum(by_split)]
-        return Counts(title, tuple(numbers))
+        return Counts(name, tuple(numbers))
 
-    return row("all", names), *(row(name or NO_LABEL, [name]) for name in names)
+    return row("all", labels), *(row(label or NO_LABEL, [label]) for label in labels)
 
 
 def choose_samples(examples: Sequence[Example], each: int = EACH) -> tuple[Example, ...]:
@@ -101,71 +99,74 @@ def choose_samples(examples: Sequence[Example], each: int = EACH) -> tuple[Examp
     Strata take turns; of one, test images come first, which no choice has seen.
     """
     taken: Counter[str] = Counter()
-    turns = []
+    turns: list[tuple[int, str, int, Example]] = []
     for example in sorted(examples, key=lambda e: -SPLITS.index(e.split)):
         stratum = example.stratum or ""
         turns.append((taken[stratum], stratum, len(turns), example))
         taken[stratum] += 1
     chosen = sorted(turns, key=lambda turn: turn[:3])[: max(each, len(taken))]
-    return tuple(turn[3] for turn in sorted(chosen, key=lambda turn: (turn[1], turn[2])))
+    return tuple(turn[3] for turn in sorted(chosen, key=lambda turn: turn[1:3]))
 
 
 def find_twins(examples: Sequence[Example]) -> dict[str, Example]:
     """By digest of a simulated field photo the clean image that it was made of, where it can be
     told: the photo's group is then that image's digest."""
     clean = {e.sha256: e for e in examples if e.domain == "source"}
-    return {
-        e.sha256: clean[e.group] for e in examples if e.domain == "target" and e.group in clean
-    }
+    return {e.sha256: clean[e.group] for e in examples if e.domain == "target" and e.group in clean}
+
+
+def _labels(dataset: Dataset) -> list[str | None]:
+    """The classes, and None if there are images without label."""
+    unlabelled = any(e.label is None for e in dataset.examples)
+    return [*dataset.classes, *([None] if unlabelled else [])]
+
+
+def _kinds(facts: Facts) -> dict[Domain, str]:
+    """What images of the domains that there are are called."""
+    target = "simulated field" if facts.recipe.data.target == SIMULATED else "field"
+    source = "field" if facts.dataset.field == "source" else "clean"
+    names: dict[Domain, str] = {"source": source, "target": target}
+    return {d: names[d] for d in sorted({e.domain for e in facts.dataset.examples})}
 
 
 def _pictured(
-    name: str | None, dataset: Dataset, twins: dict[str, Example], spec: InputSpec
+    label: str | None,
+    dataset: Dataset,
+    kinds: dict[Domain, str],
+    twins: dict[str, Example],
+    spec: InputSpec,
 ) -> Pictured:
-    members = [e for e in dataset.examples if e.label == name]
+    def shown(example: Example) -> Markup:
+        alt = f"{kinds[example.domain]} image, {label or NO_LABEL}: {Path(example.path).name}"
+        return thumbnail(example.path, example.sha256, spec, alt)
 
-    def picture(example: Example) -> Picture:
-        twin = twins.get(example.sha256)
-        return Picture(
-            image=_shown(example, spec),
-            twin=None if twin is None else _shown(twin, spec),
-            caption=example.stratum or "",
+    def pictures(examples: Sequence[Example]) -> tuple[Picture, ...]:
+        return tuple(
+            Picture(
+                images=tuple(shown(e) for e in (twins.get(example.sha256), example) if e),
+                caption=example.stratum or "",
+            )
+            for example in choose_samples(examples)
         )
 
+    members = [e for e in dataset.examples if e.label == label]
     if paired := [e for e in members if e.sha256 in twins]:
-        pictures = tuple(picture(e) for e in choose_samples(paired))
-        return Pictured(name or NO_LABEL, (("clean image and its simulated field photo", pictures),))
-    groups = []
-    for domain in DOMAINS:
-        if chosen := choose_samples([e for e in members if e.domain == domain]):
-            word = "field" if domain == dataset.field else "clean"
-            groups.append((word, tuple(picture(e) for e in chosen)))
-    return Pictured(name or NO_LABEL, tuple(groups))
-
-
-def _shown(example: Example, spec: InputSpec) -> Markup:
-    kind = "clean image" if example.domain == "source" else "field image"
-    alt = f"{kind}, {example.label or NO_LABEL}: {Path(example.path).name}"
-    return thumbnail(example.path, example.sha256, spec, alt)
-
-
-def _domain_name(domain: Domain, facts: Facts) -> str:
-    if domain == "target":
-        return "simulated field" if facts.recipe.data.target == SIMULATED else "field"
-    return "clean and field" if facts.dataset.field == "source" else "clean"
+        groups = {"clean, and the same as a simulated field photo": paired}
+    else:
+        groups = {kind: [e for e in members if e.domain == d] for d, kind in kinds.items()}
+    return Pictured(label or NO_LABEL, {name: pictures(of) for name, of in groups.items() if of})
 
 
 def _lead(facts: Facts) -> str:
     found = Counter(e.domain for e in facts.dataset.examples)
-    clean, field = f"{found['source']:,} clean images", f"{found['target']:,} field images"
     if not found["target"]:
-        told = f"{clean}; there is no other domain, so nothing had to be adapted."
+        told = f"{found['source']:,} images of one domain: there was nothing to adapt to."
     elif not found["source"]:
-        told = f"{field}; the model was brought along, its own images were not."
+        told = f"{found['target']:,} field images; the model came without the images it knows."
     elif facts.recipe.data.target == SIMULATED:
-        told = f"{clean} and {found['target']:,} simulated field photos made of the same images."
+        told = f"{found['source']:,} clean images and {found['target']:,} simulated field photos."
     else:
-        told = f"{clean} and {field}."
+        told = f"{found['source']:,} clean and {found['target']:,} field images."
     height, width, channels = facts.recipe.input.shape
     colour = "gray" if channels == 1 else "colour"
-    return f"{told} Shown as the model sees them: {width} × {height} pixels, {colour}."
+    return f"{told} They are shown as the model sees them: {width} × {height} pixels, {colour}."
