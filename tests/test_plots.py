@@ -86,7 +86,7 @@ def test_a_ladder_without_field_labels_can_be_drawn(tmp_path: Path) -> None:
     ],
 )
 def test_the_title_says_what_came_out(last: Step, title: str) -> None:
-    assert plots._ladder_title(START, last, "AUC") == title
+    assert plots.ladder_title(START, last, "AUC") == title
 
 
 def test_parts_may_begin_late_and_need_not_be_there(tmp_path: Path) -> None:

@@ -71,6 +71,13 @@ def write_robustness(
     after: Mapping[str, Sequence[float]],
     name: str,
 ) -> None:
+    """Write what draw_robustness draws as a PNG file."""
+    save(draw_robustness(before, after, name), path)
+
+
+def draw_robustness(
+    before: Mapping[str, Sequence[float]], after: Mapping[str, Sequence[float]], name: str
+) -> Figure:
     """One panel for each degradation: error in [0, 1] against severity 1 to S.
 
     ``before`` are the errors of the source model, ``after`` those of the kept model ``name``, both
@@ -102,10 +109,15 @@ def write_robustness(
             handles, labels, title=title, title_fontsize=11, loc="outside upper center", ncols=2,
             frameon=False,
         )  # fmt: skip
-        save(figure, path)
+    return figure
 
 
 def write_ladder(path: Path, steps: Sequence[Step], *, metric: str) -> None:
+    """Write what draw_ladder draws as a PNG file."""
+    save(draw_ladder(steps, metric=metric), path)
+
+
+def draw_ladder(steps: Sequence[Step], *, metric: str) -> Figure:
     """How the ladder was climbed, from the source model at the bottom upwards.
 
     ``metric`` is the name of what ``Step.field`` and ``Step.source`` hold.
@@ -133,14 +145,14 @@ def write_ladder(path: Path, steps: Sequence[Step], *, metric: str) -> None:
         panel.spines["left"].set_visible(False)
         panel.tick_params(axis="y", length=0)
         words.set_axis_off()
-        figure.suptitle(_ladder_title(steps[0], steps[top], metric), fontsize=11, weight="bold")
+        figure.suptitle(ladder_title(steps[0], steps[top], metric), fontsize=11, weight="bold")
         handles = [
             Line2D([], [], color=GREEN, marker="o", label="field, kept"),
             Line2D([], [], color=RED, marker="X", label="field, not kept"),
             Line2D([], [], color=BLACK, marker="D", mfc="none", ls="", label="source"),
         ]
         figure.legend(handles=handles, loc="outside lower left", ncols=3, frameon=False)
-        save(figure, path)
+    return figure
 
 
 def _draw_step(panel: Axes, step: Step, height: int) -> None:
@@ -173,7 +185,8 @@ def _write_step(words: Axes, step: Step, height: int) -> None:
     words.text(0.02, height + 0.06, "\n".join(reason), va="top", fontsize=8, **place)
 
 
-def _ladder_title(first: Step, kept: Step, metric: str) -> str:
+def ladder_title(first: Step, kept: Step, metric: str) -> str:
+    """What became of it, in a sentence: ``first`` is the source model."""
     if kept is first:
         return f"“{first.name}” stays: nothing passed the gate"
     pairs = (("field", first.field, kept.field), ("source", first.source, kept.source))
@@ -186,6 +199,11 @@ def _ladder_title(first: Step, kept: Step, metric: str) -> str:
 
 
 def write_curves(path: Path, histories: Mapping[str, Sequence[Point]], *, metric: str) -> None:
+    """Write what draw_curves draws as a PNG file."""
+    save(draw_curves(histories, metric=metric), path)
+
+
+def draw_curves(histories: Mapping[str, Sequence[Point]], *, metric: str) -> Figure:
     """One row for each training by name: its loss, its validation ``metric``, its parts.
 
     Every history has at least one epoch; parts that only some epochs have begin later.
@@ -204,7 +222,7 @@ def write_curves(path: Path, histories: Mapping[str, Sequence[Point]], *, metric
             panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         for panel in grid[-1]:
             panel.set_xlabel("epoch")
-        save(figure, path)
+    return figure
 
 
 def _draw_scores(panel: Axes, points: Sequence[Point], metric: str) -> None:
@@ -234,7 +252,8 @@ def _draw_parts(panel: Axes, points: Sequence[Point]) -> None:
 
 def save(figure: Figure, path: Path) -> None:
     """Write ``figure`` as a PNG file, whole or not at all."""
-    with replacing_file(path) as temporary:
+    # In our style, too: ticks are only made now.
+    with style(), replacing_file(path) as temporary:
         figure.savefig(temporary, format="png")
 
 

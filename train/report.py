@@ -78,19 +78,23 @@ def write_report(folder: Path, training: "Training", classes: tuple[str, ...]) -
     atomic.write_text(written[0], text.replace("\n", f"\n\n{_verdict(training)}\n", 1))
     if others:
         written.append(folder / "ladder.png")
-        steps = [_step(r, training.metric) for r in training.rungs]
-        plots.write_ladder(written[-1], steps, metric=training.metric)
+        plots.write_ladder(written[-1], ladder_steps(training), metric=training.metric)
     kept = next(r for r in training.rungs if r.kept)
     if kept is not first and kept.similarity and kept.similarity.errors and first.similarity.errors:
         written.append(folder / "robustness.png")
         plots.write_robustness(
             written[-1], first.similarity.errors, kept.similarity.errors, kept.name
         )
-    histories = _histories(training)
+    histories = training_curves(training)
     if histories:
         written.append(folder / "curves.png")
         plots.write_curves(written[-1], histories, metric=training.metric)
     return written
+
+
+def ladder_steps(training: "Training") -> "list[plots.Step]":
+    """Every rung that was tried, as it is drawn."""
+    return [_step(rung, training.metric) for rung in training.rungs]
 
 
 def _step(rung: "Rung", metric: Metric) -> "plots.Step":
@@ -115,7 +119,8 @@ def _step(rung: "Rung", metric: Metric) -> "plots.Step":
     )  # fmt: skip
 
 
-def _histories(training: "Training") -> "dict[str, list[plots.Point]]":
+def training_curves(training: "Training") -> "dict[str, list[plots.Point]]":
+    """Every training of the network by name, as it is drawn."""
     from train import plots
 
     histories = {"source model": training.source.history}

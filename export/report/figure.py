@@ -45,7 +45,7 @@ def svg(figure: Figure, alt: str) -> Markup:
     # Ids are names within the page: of two drawings they must differ, of two reports they need not.
     salt = hashlib.sha256(alt.encode()).hexdigest()
     # Text as outlines: it keeps the width that the layout was made for, whatever fonts there are.
-    with mpl.rc_context({"svg.fonttype": "path", "svg.hashsalt": salt}):
+    with plots.style(), mpl.rc_context({"svg.fonttype": "path", "svg.hashsalt": salt}):
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     drawing = file.getvalue()
     drawing = drawing[drawing.index("<svg ") :]
