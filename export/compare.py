@@ -60,7 +60,10 @@ def show(one: Side, other: Side, comparison: Comparison) -> None:
             for line in comparison.lines
         ],
     )
-    for record in comparison.records[2:]:  # without the names of both
+    changed = [record for record in comparison.records[2:] if record[0] in "-+"]
+    if changed:
+        console.say("what differs in their making:")
+    for record in changed:
         console.say(record)
     for doubt in comparison.doubts:
         console.say(f"note: {doubt}")

@@ -86,7 +86,7 @@ class Line(NamedTuple):
     def verdict(self) -> str:
         """The decision in a word or three."""
         if self.better:
-            return self.better if self.proven else f"{self.better}, by the figure alone"
+            return self.better if self.proven else f"{self.better}, unproven"
         return self.reason
 
 
@@ -148,17 +148,23 @@ def doubts(one: Side, other: Side) -> Iterator[str]:
             "with python -m export gate BUNDLE --data IMAGES"
         )
     if a.gate != b.gate:
-        yield "they passed different budgets: see [gate] among the records"
+        yield "they passed different budgets: see gate among what differs in their making"
     if a.machine != b.machine:
         yield f"speed was measured on different machines: A on {a.machine}, B on {b.machine}"
 
 
 def headline(lines: Sequence[Line]) -> str:
     """Which is proven better on what, in a sentence."""
-    wins = {side: _kinds(lines, side) for side in ("A", "B")}
-    parts = [f"{side} is better on {_listed(kinds)}" for side, kinds in wins.items() if kinds]
+    parts = []
+    for side in ("A", "B"):
+        won = [line for line in lines if line.better == side and line.proven]
+        if alone := [line.of for line in won if line.what == SHIPS]:
+            parts.append(f"only {side} ships {_listed(alone)}")
+        if kinds := list(dict.fromkeys(line.what for line in won if line.what != SHIPS)):
+            parts.append(f"{side} is better on {_listed(kinds)}")
     if parts:
-        return "; ".join(parts)
+        sentence = "; ".join(parts)
+        return sentence[0].upper() + sentence[1:]
     if all(line.reason == EQUAL for line in lines if line.reason):
         return "No figure differs"
     return "Nothing is proven better: intervals overlap, or none was recorded"
@@ -166,16 +172,11 @@ def headline(lines: Sequence[Line]) -> str:
 
 def spoken(lines: Sequence[Line], better: Better, *, proven: bool) -> tuple[str, ...]:
     """What ``better`` is better on, a sentence for each kind of figure."""
-    sentences = []
-    for what in dict.fromkeys(line.what for line in lines):
-        found = [
-            line
-            for line in lines
-            if (line.what, line.better, line.proven) == (what, better, proven)
-        ]
-        if found:
-            pairs = ", ".join(_pair(line, better) for line in found)
-            sentences.append(f"{what}: {pairs}")
+    won = [line for line in lines if line.better == better and line.proven == proven]
+    sentences = [f"it ships {line.of}; {line.reason}" for line in won if line.what == SHIPS]
+    for what in dict.fromkeys(line.what for line in won if line.what != SHIPS):
+        pairs = ", ".join(_pair(line, better) for line in won if line.what == what)
+        sentences.append(f"{what}: {pairs}")
     return tuple(sentences)
 
 
@@ -360,10 +361,6 @@ def _of_tests(share: float, release: Release) -> Value:
     images = release.reference.samples
     interval = metrics.wilson_interval(round(share * images), images, confidence=CONFIDENCE)
     return Value(share, interval)
-
-
-def _kinds(lines: Sequence[Line], side: Better) -> list[str]:
-    return list(dict.fromkeys(line.what for line in lines if line.better == side and line.proven))
 
 
 def _pair(line: Line, better: Better) -> str:
