@@ -35,24 +35,34 @@ def show(release: Release) -> None:
     if release.abstention is not None:
         console.say("; ".join([release.abstention.reason, *map(str, release.abstention.tested)]))
     for report in release.forms:
-        if not report.released:
-            console.say(f"{report.form} is not in the bundle: {report.reason}")
-            continue
-        console.say(f"{report.form} ships: {report.reason}")
-        if _slow(report):
-            console.say(
-                f"{report.form} is slower than fp32 on this CPU ({report.relative_speed:.2f}x): "
-                f"{release.machine} devices will not choose it by themselves"
-            )
-        if report.engine is not None and not report.engine.built:
-            console.say(f"{report.form}: no engine was built: {report.engine.reason}")
+        words = "ships" if report.released else "is not in the bundle"
+        console.say(f"{report.form} {words}: {report.reason}")
+    for sentence in remarks(release):
+        console.say(sentence)
+
+
+def remarks(release: Release) -> list[str]:
+    """What the table's short words leave out: forms that are slow, engines not built or not run."""
+    shipped = [report for report in release.forms if report.released]
+    found = [
+        f"{report.form} is slower than fp32 on this CPU ({report.relative_speed:.2f}x): "
+        f"{release.machine} devices will not choose it by themselves"
+        for report in shipped
+        if _slow(report)
+    ]
+    found += [
+        f"{report.form}: no engine was built: {report.engine.reason}"
+        for report in shipped
+        if report.engine is not None and not report.engine.built
+    ]
     engines = [report.engine for report in release.forms if report.engine is not None]
     if engines and engines[0].gpu is None and engines[0].built:
         first = engines[0]
-        console.say(
+        found.append(
             f"engines were built by {first.flavour} {first.version} for {first.targets} and not "
             f"run: {first.gpu_reason}"
         )
+    return found
 
 
 def _row(report: FormReport) -> list[str]:

@@ -12,14 +12,19 @@ import msgspec
 from calibration.images import Choice
 from calibration.sensitivity import SENSITIVITY, LayerSensitivity
 from calibration.table import Table, read_table
-from export.answers import ANSWERS, Answers, read_answers
+from export.answers import ANSWERS, CHECKPOINT, Answers, read_answers
 from export.release import RELEASE, Release
+from runtime.bundle import MANIFEST
 from runtime.dataset import Dataset, read_dataset
 from runtime.errors import ExportError
+from runtime.manifest import Manifest, decode
+from runtime.metrics import agreement
 from runtime.recipe import Recipe
 from train.record import Training
 
 T = TypeVar("T")
+
+Sensitivities = dict[str, tuple[LayerSensitivity, ...]]
 
 
 class Facts(NamedTuple):
@@ -35,6 +40,8 @@ class Facts(NamedTuple):
     table: Table | None
     sensitivities: Mapping[str, tuple[LayerSensitivity, ...]]
     """Each layer alone in INT8, worst first, by form."""
+    manifest: Manifest | None
+    """Of the bundle; None if this release was not written as one."""
     file: Path | None = None
     """The recipe's file, where its name is known."""
 
@@ -42,42 +49,65 @@ class Facts(NamedTuple):
 def read_facts(recipe: Recipe) -> Facts:
     """The records in ``recipe.build``.
 
-    Raises ExportError, saying what to run, if one is missing, damaged or of another export.
+    Raises DataError or ExportError, saying what to run, if one is missing, damaged or of another
+    training or export.
     """
     build, calibration = recipe.build, recipe.build / "calibration"
     dataset = read_dataset(build / "train" / "images.json")
-    release = _decoded(build / RELEASE, Release)
-    choice = _decoded(calibration / "images.json", Choice, optional=True)
-    sensitivities = _decoded(
-        calibration / SENSITIVITY, dict[str, tuple[LayerSensitivity, ...]], optional=True
-    )
-    assert release is not None
-    training = _decoded(build / "train" / "training.json", Training)
-    assert training is not None
-    if release.checkpoint_sha256 != training.checkpoint_sha256:
-        raise ExportError(
-            f"{build / RELEASE}: of another checkpoint than {build / 'train'} holds; "
-            "run `make export` again"
-        )
+    training = _needed(build / "train" / "training.json", Training)
+    release = _needed(build / RELEASE, Release)
+    answers = read_answers(build / ANSWERS, dataset)
+    if difference := _difference(release, training, dataset, answers):
+        raise ExportError(f"{build / RELEASE}: {difference}; run `make export` again")
     table = calibration / "table.json"
     return Facts(
         recipe=recipe,
         release=release,
         training=training,
         dataset=dataset,
-        answers=read_answers(build / ANSWERS, dataset),
-        choice=choice,
+        answers=answers,
+        choice=_decoded(calibration / "images.json", Choice),
         table=read_table(table) if table.exists() else None,
-        sensitivities=sensitivities or {},
+        sensitivities=_decoded(calibration / SENSITIVITY, Sensitivities) or {},
+        manifest=_manifest(build),
     )
 
 
-def _decoded(path: Path, kind: type[T], *, optional: bool = False) -> T | None:
+def _difference(
+    release: Release, training: Training, dataset: Dataset, answers: Answers
+) -> str | None:
+    """What says that these were not made together."""
+    if release.checkpoint_sha256 != training.checkpoint_sha256:
+        return "of another checkpoint than training left"
+    if release.dataset_sha256 != dataset.sha256:
+        return "of other images, labels or splits than training has"
+    said = answers.logits[CHECKPOINT]
+    found = {form: agreement(said, logits) for form, logits in answers.logits.items()}
+    told = {r.form: r.attempts[-1].quality.agreement for r in release.forms if r.released}
+    return None if found == {CHECKPOINT: 1.0, **told} else f"of other answers than {ANSWERS} holds"
+
+
+def _manifest(build: Path) -> Manifest | None:
+    """Of the bundle that holds this release: one that is refused leaves an earlier bundle."""
+    bundle = build / "bundle"
+    written = (bundle / RELEASE).is_file()
+    if not written or (bundle / RELEASE).read_bytes() != (build / RELEASE).read_bytes():
+        return None
+    return decode((bundle / MANIFEST).read_bytes())
+
+
+def _needed(path: Path, kind: type[T]) -> T:
+    found = _decoded(path, kind)
+    if found is None:
+        raise ExportError(f"{path}: not there; run `make export` first")
+    return found
+
+
+def _decoded(path: Path, kind: type[T]) -> T | None:
+    """None if it is not there."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
-    except FileNotFoundError as error:
-        if optional:
-            return None
-        raise ExportError(f"{path}: not there; run `make export` first") from error
+    except FileNotFoundError:
+        return None
     except (OSError, msgspec.DecodeError) as error:
         raise ExportError(f"{path}: {error}; run `make export` again") from error
