@@ -43,6 +43,15 @@ def thumbnail(path: Path, spec: InputSpec) -> bytes:
     return file.getvalue()
 
 
+def data_url(path: Path, spec: InputSpec) -> str | None:
+    """The thumbnail as a page holds it; None if the image cannot be read."""
+    try:
+        data = thumbnail(path, spec)
+    except DataError:
+        return None
+    return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
+
+
 def write_gallery(
     path: Path,
     choice: Choice,
@@ -98,13 +107,10 @@ def _section(name: str, figures: Sequence[str], note: str = "") -> str:
 def _figure(image: Chosen | SetAside, spec: InputSpec) -> str:
     name = Path(image.path).name
     label = image.label or "unlabelled" if isinstance(image, Chosen) else "refused"
-    try:
-        data = base64.b64encode(thumbnail(Path(image.path), spec)).decode()
-    except DataError:
-        picture = '<div class="broken">no picture</div>'
-    else:
+    picture = '<div class="broken">no picture</div>'
+    if source := data_url(Path(image.path), spec):
         alt = escape(f"{label}: {name}")
-        picture = f'<img loading="lazy" alt="{alt}" src="data:image/jpeg;base64,{data}">'
+        picture = f'<img loading="lazy" alt="{alt}" src="{source}">'
     return (
         f'<figure title="{escape(image.path)}">{picture}'
         f"<figcaption>{escape(image.reason)}<br><span>{escape(name)}</span></figcaption></figure>\n"

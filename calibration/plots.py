@@ -1,19 +1,21 @@
-"""A picture of a calibration table: what every tensor held, and what INT8 will represent of it.
+"""Pictures of calibration: what every tensor held and INT8 represents of it, what each layer costs.
 
 It gets figures that others measured. Import it where a picture is drawn: matplotlib takes a second
 to load, and the device does without.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
+from calibration.sensitivity import LayerSensitivity
 from calibration.table import Table, TensorRange
 from runtime.atomic import replacing_file
 
@@ -27,19 +29,29 @@ NAME = 34
 
 # Okabe and Ito 2008: told apart with any colour vision, and in grey by shape.
 GREY, BLUE, ORANGE, PURPLE = "#8C8C8C", "#0072B2", "#E69F00", "#CC79A7"
+GRID, STRIPE = "#DADADA", "#F4F4F4"
 
 LEAST_SHARE = 1e-6
 """Shares below it are drawn at the left edge: a value in a million is nothing."""
 
 
 def write_ranges(path: Path, table: Table, held_out: Mapping[str, float]) -> None:
-    """One row for each tensor of ``table``, in the order of the graph.
+    """Write what draw_ranges draws of all tensors as a PNG file."""
+    # In our style, too: ticks are only made now.
+    with _style(), replacing_file(path) as temporary:
+        draw_ranges(table, held_out).savefig(temporary, format="png")
+
+
+def draw_ranges(table: Table, held_out: Mapping[str, float], *, most: int | None = None) -> Figure:
+    """One row for each tensor of ``table``, or for the ``most`` that clip most, in graph order.
 
     ``held_out`` is the share of values outside the chosen range on images that the table has not
     seen, 0 to 1, by tensor; it may be empty.
     """
     names = list(table.tensors)
-    tensors = list(table.tensors.values())
+    if most is not None:
+        names = clipping_most(table, held_out, most)
+    tensors = [table.tensors[name] for name in names]
     with _style():
         height = 1.5 + ROW * len(names)
         figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
@@ -56,14 +68,62 @@ def write_ranges(path: Path, table: Table, held_out: Mapping[str, float]) -> Non
         for panel in (ranges, shares):
             panel.tick_params(axis="y", length=0)
             panel.tick_params(axis="x", top=True, labeltop=True, labelbottom=True)
-            for row in range(0, len(names), 2):
-                panel.axhspan(row - 0.5, row + 0.5, color="#F4F4F4", lw=0, zorder=0)
+            _draw_stripes(panel, len(names))
         figure.legend(
             title=_title(table), title_fontproperties={"weight": "bold", "size": 11},
             loc="outside upper center", ncols=4, frameon=False,
         )  # fmt: skip
-        with replacing_file(path) as temporary:
-            figure.savefig(temporary, format="png")
+    return figure
+
+
+def clipping_most(table: Table, held_out: Mapping[str, float], most: int) -> list[str]:
+    """The ``most`` tensors with the largest share of values outside their range, on any images, in
+    the order of the graph."""
+    shares = {
+        name: max(tensor.clipped, held_out.get(name, 0.0)) for name, tensor in table.tensors.items()
+    }
+    worst = set(sorted(shares, key=lambda name: -shares[name])[:most])
+    return [name for name in table.tensors if name in worst]
+
+
+def draw_sensitivity(layers: Sequence[LayerSensitivity], kept_float: Collection[str]) -> Figure:
+    """One row for each of ``layers``, each alone in INT8: what is left of the signal, its price.
+
+    Those of ``kept_float`` are marked.
+    """
+    rows = range(len(layers))
+    kept = [layer.name in kept_float for layer in layers]
+    colours = [ORANGE if one else BLUE for one in kept]
+    with _style():
+        figure = Figure(figsize=(WIDTH, 1.6 + 0.19 * len(layers)), dpi=DPI, layout="constrained")
+        signal, price = figure.subplots(1, 2, width_ratios=(5, 3), sharey=True)
+        for panel, values in (
+            (signal, [layer.sqnr_db for layer in layers]),
+            (price, [100 * layer.compute_share for layer in layers]),
+        ):
+            bars = panel.barh(rows, values, color=colours, height=0.7, zorder=2)
+            for bar, one in zip(bars, kept, strict=True):
+                if one:  # told apart in grey, too
+                    bar.set_hatch("////")
+                    bar.set_edgecolor("white")
+            panel.tick_params(axis="y", length=0)
+            panel.tick_params(axis="x", top=True, labeltop=True, labelbottom=True)
+            _draw_stripes(panel, len(layers))
+        signal.set_yticks(rows, [_short(layer.name) for layer in layers], fontsize=7.5)
+        signal.set_ylim(len(layers) - 0.4, -0.6)
+        signal.set_xlabel("SQNR of the logits with this layer alone in INT8, dB: less is worse")
+        price.set_xlabel("% of all multiplications")
+        handles = [
+            Patch(color=BLUE, label="INT8"),
+            Patch(facecolor=ORANGE, edgecolor="white", hatch="////", label="kept float"),
+        ]
+        figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False)
+    return figure
+
+
+def _draw_stripes(panel: Axes, rows: int) -> None:
+    for row in range(0, rows, 2):
+        panel.axhspan(row - 0.5, row + 0.5, color=STRIPE, lw=0, zorder=0)
 
 
 def _draw_ranges(panel: Axes, tensors: list[TensorRange]) -> None:
@@ -122,7 +182,7 @@ def _style() -> AbstractContextManager[None]:
             "axes.grid": True,
             "axes.grid.axis": "x",
             "axes.axisbelow": True,
-            "grid.color": "#DADADA",
+            "grid.color": GRID,
             "text.parse_math": False,  # a name may have a dollar sign
         }
     )

@@ -15,6 +15,11 @@ from train.plots import BLUE, DPI, GREEN, ORANGE, RED, SKY, WIDTH, save, style
 
 
 def write_selective_risk(path: Path, abstention: Abstention) -> None:
+    """Write what draw_selective_risk draws as a PNG file."""
+    save(draw_selective_risk(abstention), path)
+
+
+def draw_selective_risk(abstention: Abstention) -> Figure:
     """Error among the answers given against the share of images that are answered.
 
     The curve of ``abstention`` has at least one point.
@@ -57,4 +62,4 @@ def write_selective_risk(path: Path, abstention: Abstention) -> None:
         panel.set_ylabel("wrong among the answers given")
         figure.suptitle("\n".join(textwrap.wrap(abstention.reason, 110)), fontsize=10)
         figure.legend(loc="outside lower center", ncols=2, frameon=False)
-        save(figure, path)
+    return figure
