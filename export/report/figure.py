@@ -65,7 +65,7 @@ def photo(image: ImageLike, alt: str, *, side: int = SIDE) -> Markup:
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=80)
     data = base64.b64encode(file.getvalue()).decode()
-    return Markup('<img loading="lazy" alt="{}" src="data:image/jpeg;base64,{}">').format(alt, data)
+    return Markup('<img decoding="async" alt="{}" src="data:image/jpeg;base64,{}">').format(alt, data)
 
 
 Levels = npt.NDArray[np.uint8]
