@@ -93,9 +93,7 @@ def _report(words: list[str]) -> int:
     options = parser.parse_args(words)
 
     def run() -> int:
-        from runtime.recipe import load_recipe
-
-        page = _write_report(load_recipe(options.recipe), options.recipe)
+        page = _write_report(options.recipe)
         print(page)
         if options.open:
             _open(page)
@@ -104,14 +102,14 @@ def _report(words: list[str]) -> int:
     return run_command("export", run)
 
 
-def _write_report(recipe: "Recipe", file: Path) -> Path:
+def _write_report(recipe: Path) -> Path:
     from export.report.contents import write_report
     from export.report.facts import read_facts
     from export.report.page import REPORT
     from train import console
 
-    facts = read_facts(recipe)._replace(file=file)
-    page = recipe.build / REPORT
+    facts = read_facts(recipe)
+    page = facts.recipe.build / REPORT
     write_report(page, facts, lambda sections: console.track(sections, "report"))
     return page
 
@@ -168,7 +166,7 @@ def _run(options: argparse.Namespace) -> int:
             "--allow-fp16-only"
         )
     bundle = recipe.build / "bundle"
-    console.say(f"wrote {bundle} and {recipe.build / f'{release.name}-{release.version}.zip'}")
+    console.say(f"wrote {bundle} and {recipe.build / release.archive}")
     console.say(f"next: make run RECIPE={options.recipe}")
     return 0
 

@@ -359,8 +359,7 @@ class _Job:
             recipe, self.facts, release.checkpoint_sha256, artifacts, self.files,
             abstain_below=release.abstention.abstain_below if release.abstention else 0.0,
         )  # fmt: skip
-        archive = recipe.build / f"{recipe.name}-{recipe.export.version}.zip"
-        write_bundle(recipe.build / "bundle", archive, manifest, self.files)
+        write_bundle(recipe.build / "bundle", recipe.build / release.archive, manifest, self.files)
         _write_samples(recipe.build / "samples", self.dataset, self.held_out)
 
 

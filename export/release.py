@@ -104,6 +104,11 @@ class Release(msgspec.Struct, frozen=True, kw_only=True):
     versions: dict[str, str]
     git: str | None
 
+    @property
+    def archive(self) -> str:
+        """File name of the bundle's zip."""
+        return f"{self.name}-{self.version}.zip"
+
 
 def judged_sha256(examples: Iterable[tuple[str, str | None]]) -> str:
     """Digest of images, each by the digest of its file's bytes and its label; order is nothing."""

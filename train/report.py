@@ -15,6 +15,7 @@ from train.similarity import markdown
 
 if TYPE_CHECKING:
     from train import plots
+    from train.history import History
     from train.record import Rung, Training
 
 WIDTHS = (30, 9, 9, 9)
@@ -85,10 +86,9 @@ def write_report(folder: Path, training: "Training", classes: tuple[str, ...]) -
         plots.write_robustness(
             written[-1], first.similarity.errors, kept.similarity.errors, kept.name
         )
-    histories = training_curves(training)
-    if histories:
+    if curves := training_curves(training):
         written.append(folder / "curves.png")
-        plots.write_curves(written[-1], histories, metric=training.metric)
+        plots.write_curves(written[-1], curves, metric=training.metric)
     return written
 
 
@@ -119,17 +119,21 @@ def _step(rung: "Rung", metric: Metric) -> "plots.Step":
     )  # fmt: skip
 
 
+def histories(training: "Training") -> "dict[str, History]":
+    """Every training of the network by name; ways back to the source model share one."""
+    found = {"source model": training.source.history}
+    for rung in training.rungs:
+        found.setdefault(rung.name.partition(",")[0], rung.details.history)
+    return {name: history for name, history in found.items() if history and history.epochs}
+
+
 def training_curves(training: "Training") -> "dict[str, list[plots.Point]]":
-    """Every training of the network by name, as it is drawn."""
+    """The epochs of histories(), as they are drawn."""
     from train import plots
 
-    histories = {"source model": training.source.history}
-    for rung in training.rungs:  # ways back to the source model share one history
-        histories.setdefault(rung.name.partition(",")[0], rung.details.history)
     return {
         name: [plots.Point(e.epoch, e.loss, e.score, e.parts) for e in history.epochs]
-        for name, history in histories.items()
-        if history is not None and history.epochs
+        for name, history in histories(training).items()
     }
 
 

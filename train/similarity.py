@@ -480,7 +480,7 @@ def markdown(
     ``classes`` are the names in the order of the logits.
     """
     models = [("source model", before), *after]
-    parts = [f"# {name}: what adaptation changed", _rests_on(before), _grid(*rows(before, after))]
+    parts = [f"# {name}: what adaptation changed", rests_on(before), _grid(*rows(before, after))]
     found = warnings([("the source model", before), *after])
     if found:
         parts += ["## Warnings", "\n".join(f"- {sentence}" for sentence in found)]
@@ -490,7 +490,8 @@ def markdown(
     return "\n\n".join(parts) + "\n"
 
 
-def _rests_on(before: Similarity) -> str:
+def rests_on(before: Similarity) -> str:
+    """What the figures were measured on, in a sentence or two; ``before`` is the source model."""
     words = {
         "source": "clean test images",
         "target": "field images",
@@ -528,7 +529,10 @@ def _robustness_words(models: Sequence[tuple[str, Similarity]]) -> list[str]:
     ]
 
 
-def _rates_words(classes: Sequence[str], models: Sequence[tuple[str, Similarity]]) -> list[str]:
+def rate_rows(
+    classes: Sequence[str], models: Sequence[tuple[str, Similarity]]
+) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the table of the share of images in each predicted class, by domain."""
     domains = [(key, word) for key, word in (("source", "source"), ("target", "field"))]
     lines = [
         [f"{label}, {word}", *(f"{model.predicted_rates[key][index]:.1%}" for _, model in models)]
@@ -536,9 +540,12 @@ def _rates_words(classes: Sequence[str], models: Sequence[tuple[str, Similarity]
         if all(key in model.predicted_rates for _, model in models)
         for index, label in enumerate(classes)
     ]
-    if not lines:
-        return []
-    return ["## Predicted classes", _grid(["share", *(name for name, _ in models)], lines)]
+    return ["share", *(name for name, _ in models)], lines
+
+
+def _rates_words(classes: Sequence[str], models: Sequence[tuple[str, Similarity]]) -> list[str]:
+    columns, lines = rate_rows(classes, models)
+    return ["## Predicted classes", _grid(columns, lines)] if lines else []
 
 
 def _largest(model: Similarity, domain: str) -> float | None:

@@ -19,7 +19,7 @@ from runtime.dataset import Dataset, read_dataset
 from runtime.errors import ExportError
 from runtime.manifest import Manifest, decode
 from runtime.metrics import agreement
-from runtime.recipe import Recipe
+from runtime.recipe import Recipe, load_recipe
 from train.record import Training
 
 T = TypeVar("T")
@@ -42,16 +42,17 @@ class Facts(NamedTuple):
     """Each layer alone in INT8, worst first, by form."""
     manifest: Manifest | None
     """Of the bundle; None if this release was not written as one."""
-    file: Path | None = None
-    """The recipe's file, where its name is known."""
+    file: Path
+    """The recipe's."""
 
 
-def read_facts(recipe: Recipe) -> Facts:
-    """The records in ``recipe.build``.
+def read_facts(file: Path) -> Facts:
+    """The records in the build folder of the recipe at ``file``.
 
-    Raises DataError or ExportError, saying what to run, if one is missing, damaged or of another
-    training or export.
+    Raises RecipeError if that is none, DataError or ExportError, saying what to run, if a record is
+    missing, damaged or of another training or export.
     """
+    recipe = load_recipe(file)
     build, calibration = recipe.build, recipe.build / "calibration"
     dataset = read_dataset(build / "train" / "images.json")
     training = _needed(build / "train" / "training.json", Training)
@@ -70,6 +71,7 @@ def read_facts(recipe: Recipe) -> Facts:
         table=read_table(table) if table.exists() else None,
         sensitivities=_decoded(calibration / SENSITIVITY, Sensitivities) or {},
         manifest=_manifest(build),
+        file=file,
     )
 
 

@@ -26,6 +26,13 @@ _TEMPLATES = Environment(
 )
 
 
+class Tile(NamedTuple):
+    """One large figure with what it is."""
+
+    value: str
+    words: str
+
+
 class Section(NamedTuple):
     """A part of the page."""
 
