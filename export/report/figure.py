@@ -27,6 +27,8 @@ COLOURS = {
     "#FFFFFF": "var(--paper)",
     plots.GRID: "var(--line)",
     "#DADADA": "var(--line)",
+    "#8C8C8C": "var(--soft)",
+    "#F4F4F4": "var(--tile)",
     plots.ORANGE: "var(--orange)",
     plots.GREEN: "var(--green)",
     plots.BLUE: "var(--blue)",
@@ -65,7 +67,9 @@ def photo(image: ImageLike, alt: str, *, side: int = SIDE) -> Markup:
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=80)
     data = base64.b64encode(file.getvalue()).decode()
-    return Markup('<img decoding="async" alt="{}" src="data:image/jpeg;base64,{}">').format(alt, data)
+    return Markup('<img decoding="async" alt="{}" src="data:image/jpeg;base64,{}">').format(
+        alt, data
+    )
 
 
 Levels = npt.NDArray[np.uint8]
