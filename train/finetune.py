@@ -23,12 +23,13 @@ from runtime.recipe import Schedule, TrainSettings
 from train import distributed
 from train.batches import Group, Pictures, Steps, to_batch
 from train.device import Device
+from train.features import to_device
 from train.history import Epoch, History, Watcher
 from train.loop import Course, Training
 from train.model import ImageClassifier
 from train.objective import Objective
 from train.optimize import Optimization, choose_trained
-from train.stages import plan_stages
+from train.stages import SAMPLES, plan_stages
 
 __all__ = ["Epoch", "Group", "History", "Watcher", "fine_tune"]
 
@@ -102,6 +103,8 @@ def fine_tune(
     notes = [plan.reason]
     if train.compile:
         notes.append(optimization.compile(to_batch(steps[0], steps, device)))
+    if not optimization.compiled:  # a compiler fuses BatchNorm itself
+        notes.append(optimization.fold(to_device(pixels[groups[0].rows[:SAMPLES]], device)))
     for note in notes:
         watch.note(note)
     training = Training(
