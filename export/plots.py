@@ -16,7 +16,10 @@ from train.plots import BLUE, DPI, GREEN, ORANGE, RED, SKY, WIDTH, save, style
 
 def write_selective_risk(path: Path, abstention: Abstention) -> None:
     """Write what draw_selective_risk draws as a PNG file."""
-    save(draw_selective_risk(abstention), path)
+    figure = draw_selective_risk(abstention)
+    with style():
+        figure.suptitle("\n".join(textwrap.wrap(abstention.reason, 110)), fontsize=10)
+    save(figure, path)
 
 
 def draw_selective_risk(abstention: Abstention) -> Figure:
@@ -43,7 +46,8 @@ def draw_selective_risk(abstention: Abstention) -> Figure:
             panel.axhline(abstention.max_error, color=ORANGE, lw=1.5, label="allowed")
         if abstention.chosen is not None:
             panel.plot(
-                abstention.chosen.coverage, abstention.chosen.bound, "o", color=GREEN, ms=10,
+                abstention.chosen.coverage, abstention.chosen.bound, "o", color=GREEN, ms=11,
+                mfc="none", mew=2.5, zorder=5,
                 label=f"chosen: abstains below {abstention.abstain_below:.3f}",
             )  # fmt: skip
         for number, tested in enumerate(abstention.tested):
@@ -51,8 +55,8 @@ def draw_selective_risk(abstention: Abstention) -> Figure:
                 low, high = tested.error_interval
                 panel.errorbar(
                     tested.coverage, tested.error,
-                    yerr=[[tested.error - low], [high - tested.error]], fmt="X", ms=7, capsize=3,
-                    color=RED, label="" if number else "there, on test images, each form",
+                    yerr=[[tested.error - low], [high - tested.error]], fmt="X", ms=6, capsize=3,
+                    lw=1, color=RED, label="" if number else "there, on test images, each form",
                 )  # fmt: skip
         panel.set_xlim(0, 1.01)
         panel.set_ylim(0, max(0.05, *(min(1.0, point.bound) for point in abstention.curve[3:]), 0))
@@ -60,6 +64,5 @@ def draw_selective_risk(abstention: Abstention) -> Figure:
         panel.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         panel.set_xlabel("answered")
         panel.set_ylabel("wrong among the answers given")
-        figure.suptitle("\n".join(textwrap.wrap(abstention.reason, 110)), fontsize=10)
         figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure

@@ -22,18 +22,29 @@ def make(facts: Facts) -> Section | None:
         tested=[(tested, holds(tested, abstention.max_error)) for tested in abstention.tested],
         drawing=svg(draw_selective_risk(abstention), describe(abstention)),
     )
-    return Section("selective", "When it abstains", lead(abstention), body)
+    return Section(
+        "selective", "When it abstains", lead(abstention, facts.release.reference.accuracy), body
+    )
 
 
-def lead(abstention: Abstention) -> str:
-    """What a user of the device notices, in a sentence."""
-    chosen = abstention.chosen
-    if chosen is None:
-        return f"It always answers; {abstention.curve[-1].error:.1%} of the answers are wrong."
-    return (
+def lead(abstention: Abstention, accuracy: float | None) -> str:
+    """What a user of the device notices, in a sentence, by test images where they can tell.
+
+    ``accuracy`` is the checkpoint's on test images, if all are answered.
+    """
+    if abstention.chosen is None:
+        return "It never abstains: every image gets an answer."
+    sentence = (
         f"Where its score is below {abstention.abstain_below:.3f} a device says that it does not "
-        f"know: it answers {chosen.coverage:.0%} of the images, and {chosen.error:.1%} of the "
-        f"answers are wrong instead of {abstention.curve[-1].error:.1%}."
+        "know"
+    )
+    first = next(iter(abstention.tested), None)
+    if first is None or first.error is None or accuracy is None:
+        return f"{sentence}."
+    return (
+        f"{sentence}: {first.form} answers {first.coverage:.0%} of the test images, and "
+        f"{first.error:.1%} of those answers are wrong; if it answered all, {1 - accuracy:.1%} "
+        "would be."
     )
 
 
