@@ -67,15 +67,20 @@ def make(facts: Facts) -> Section | None:
         return None
     judged = judge(facts.answers.logits, labels)
     reference = judged[0]  # the checkpoint's: it is the first of the answers
+    order = worst_first(reference.recalls) if len(classes) > FEW else range(len(classes))
     body = render(
         "answers.html",
         classes=classes,
-        judged=[(_and(group.forms), group, worst_confusions(group.matrix)) for group in judged],
-        order=worst_first(reference.recalls) if len(classes) > FEW else range(len(classes)),
+        accuracies=[_accuracy(group) for group in judged],
+        names=[_and(group.forms) for group in judged],
+        recalls=[_recalls(index, classes[index], judged) for index in order],
+        judged=judged,
+        confusions=[worst_confusions(group.matrix) for group in judged],
         totals=reference.matrix.sum(axis=1),
         few=len(classes) <= FEW,
         unlabelled=int((labels < 0).sum()),
         worst=WORST,
+        share=_share,
     )
     return Section("answers", "Answers by class", _lead(judged), body)
 
@@ -118,6 +123,21 @@ def _judged(forms: Sequence[str], logits: Floats, labels: Ints) -> Judged:
     matrix = confusion_matrix(logits.argmax(axis=1), labels, logits.shape[1])
     right = int(np.trace(matrix))
     return Judged(tuple(forms), matrix, right, metrics.wilson_interval(right, int(matrix.sum())))
+
+
+def _accuracy(group: Judged) -> tuple[str, ...]:
+    low, high = group.interval
+    interval = f"{100 * low:.1f}–{high:.1%}"
+    return _and(group.forms), f"{group.right:,}", f"{group.accuracy:.1%}", interval
+
+
+def _recalls(index: int, name: str, judged: Sequence[Judged]) -> tuple[str, ...]:
+    images = int(judged[0].matrix[index].sum())
+    return name, f"{images:,}", *(_share(group.recalls[index]) for group in judged)
+
+
+def _share(share: float | None) -> str:
+    return "–" if share is None else f"{share:.1%}"
 
 
 def _lead(judged: Sequence[Judged]) -> str:

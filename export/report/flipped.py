@@ -30,7 +30,7 @@ Direction = Literal["lost", "both wrong", "unknown", "won"]
 
 HARM: dict[Direction, str] = {
     "lost": "was right, now wrong",
-    "both wrong": "wrong before, wrong now",
+    "both wrong": "was wrong, wrong now too",
     "unknown": "no label",
     "won": "was wrong, now right",
 }
@@ -68,11 +68,11 @@ class Card(NamedTuple):
     picture: Markup
     file: str
     label: str
-    verdict: str
-    kind: str
-    """Of the verdict: good, bad, or soft."""
     answers: tuple[tuple[str, str, float], ...]
     """Who says what, with which score."""
+    verdicts: tuple[str, ...]
+    kind: str
+    """Of the verdicts: good, bad, or soft."""
 
 
 class Flipped(NamedTuple):
@@ -95,21 +95,23 @@ def make(facts: Facts) -> Section:
         for form, logits in answers.logits.items()
         if form != CHECKPOINT
     }
+    same = [form for form, flips in found.items() if not flips]
     mistakes = find_mistakes(reference, answers.labels, temperature)
     body = render(
         "flipped.html",
         forms=[_flipped(form, flips, facts) for form, flips in found.items() if flips],
-        same=[form for form, flips in found.items() if not flips],
+        same=same,
         images=len(reference),
         unseen=metrics.largest_unseen(len(reference)),
         mistakes=[_mistake(mistake, facts) for mistake in mistakes[:MISTAKES]],
         wrong=len(mistakes),
         labelled=int((answers.labels >= 0).sum()),
     )
-    counts = ", ".join(f"{form} {len(flips)}" for form, flips in found.items())
+    counts = [f"{len(flips)} by {form}" for form, flips in found.items() if flips]
+    counts += [f"none by {', '.join(same)}"] if same else []
     lead = (
-        f"Of {len(reference):,} field test images so many are answered otherwise than by the "
-        f"checkpoint: {counts}."
+        f"Answered otherwise than by the checkpoint, of {len(reference):,} field test images: "
+        f"{', '.join(counts)}."
     )
     return Section("flipped", "Images whose answer changed", lead, body)
 
@@ -166,10 +168,10 @@ def _passed(label: int, answer: int, ok: Sequence[int]) -> bool:
 
 def _flipped(form: str, flips: Sequence[Flip], facts: Facts) -> Flipped:
     counts = Counter(flip.direction for flip in flips)
-    told = "; ".join(f"{counts[d]} {words}" for d, words in HARM.items() if counts[d])
-    if passed := sum(flip.passed and flip.direction == "lost" for flip in flips):
-        told += f"; {passed} of those that were right would now pass as OK"
-    told += "."
+    told = "; ".join(f"{words}: {counts[d]}" for d, words in HARM.items() if counts[d])
+    told = f"{told[0].upper()}{told[1:]}."
+    if passed := sum(flip.passed for flip in flips):
+        told += f" On a line, {passed} DEFECT of these would pass as OK."
     abstention = facts.release.abstention
     if abstention is not None and abstention.abstain_below > 0:
         given = sum(flip.after.score >= abstention.abstain_below for flip in flips)
@@ -182,22 +184,22 @@ def _flipped(form: str, flips: Sequence[Flip], facts: Facts) -> Flipped:
 
 
 def _flip(form: str, flip: Flip, facts: Facts) -> Card:
-    verdict = HARM[flip.direction]
-    if flip.passed:
-        verdict += ", passes as OK"
     kind = {"won": "good", "unknown": "soft"}.get(flip.direction, "bad")
-    return _card(flip.row, facts, verdict, kind, {CHECKPOINT: flip.before, form: flip.after})
+    verdicts = [HARM[flip.direction], *(["DEFECT passes as OK"] if flip.passed else [])]
+    return _card(flip.row, facts, {CHECKPOINT: flip.before, form: flip.after}, kind, verdicts)
 
 
 def _mistake(mistake: Mistake, facts: Facts) -> Card:
-    return _card(mistake.row, facts, "", "", {CHECKPOINT: mistake.answer})
+    return _card(mistake.row, facts, {CHECKPOINT: mistake.answer})
 
 
-def _card(row: int, facts: Facts, verdict: str, kind: str, said: dict[str, Answer]) -> Card:
+def _card(
+    row: int, facts: Facts, said: dict[str, Answer], kind: str = "", verdicts: Sequence[str] = ()
+) -> Card:
     example, classes = facts.answers.examples[row], facts.dataset.classes
     file, label = Path(example.path).name, example.label or "unknown"
     named = tuple((who, classes[answer.class_index], answer.score) for who, answer in said.items())
     spoken = ", ".join(f"{who} says {answer}" for who, answer, _ in named)
     alt = f"{file}, label {label}: {spoken}"
     picture = thumbnail(example.path, example.sha256, facts.recipe.input, alt)
-    return Card(picture, file, label, verdict, kind, named)
+    return Card(picture, file, label, named, tuple(verdicts), kind)

@@ -19,10 +19,8 @@ from runtime.recipe import SIMULATED
 
 EACH = 4
 """Images of a class and domain that are shown; more if it has more strata."""
-PICTURED = 20
-"""Classes that are shown; a page of forty is not looked at."""
 FEW = 12
-"""Classes up to which tables are unfolded."""
+"""Classes that are pictured, and up to which tables are unfolded: who looks at forty?"""
 NAMED = 10
 """Files that were set aside or are duplicates, by name."""
 
@@ -63,13 +61,13 @@ def make(facts: Facts) -> Section:
         "samples.html",
         classes=[
             _pictured(label, dataset, kinds, twins, facts.recipe.input)
-            for label in labels[:PICTURED]
+            for label in [*dataset.classes[:FEW], *labels[len(dataset.classes) :]]
         ],
-        unpictured=len(labels[PICTURED:]),
+        unpictured=len(dataset.classes[FEW:]),
         kinds=list(kinds.values()),
         splits=SPLITS,
         counts=count_images(dataset),
-        few=len(labels) <= FEW,
+        few=len(dataset.classes) <= FEW,
         set_aside=[(Path(s.path).name, s.reason) for s in dataset.set_aside],
         duplicates=[[Path(path).name for path in paths] for paths in dataset.duplicates],
         named=NAMED,

@@ -20,9 +20,10 @@ def thumbnail(path: str, sha256: str, spec: InputSpec, alt: str) -> Markup:
     """
     try:
         data = Path(path).read_bytes()
+    except FileNotFoundError:
+        return _placeholder(alt, "not there any more")
     except OSError as error:
-        there = not isinstance(error, FileNotFoundError)
-        return _placeholder(alt, f"cannot be read: {error.strerror}" if there else "not there")
+        return _placeholder(alt, f"cannot be read: {error.strerror}")
     if hashlib.sha256(data).hexdigest() != sha256:
         return _placeholder(alt, "changed since training")
     return photo(preprocess(data, spec), alt)
