@@ -266,9 +266,16 @@ def bars_table(bars: Sequence[Bar]) -> Table:
 
 def grid(table: Table) -> str:
     """``table`` in Markdown, without its title and notes."""
-    lines = [table.columns, ("---", *["---:"] * (len(table.columns) - 1)), *table.rows]
+    columns = list(zip(*table.rows, strict=True))[1:] or [()] * (len(table.columns) - 1)
+    marks = ("---", *("---:" if _figures(column) else "---" for column in columns))
+    lines = [table.columns, marks, *table.rows]
     # A bar inside a cell would begin a new one.
     return "\n".join(f"| {' | '.join(c.replace('|', '/') for c in cells)} |" for cells in lines)
+
+
+def _figures(cells: Iterable[str]) -> bool:
+    """Whether what a column holds is to be compared by its digits."""
+    return any(cell[:1].isdigit() or cell[:1] in "+-" for cell in cells if cell)
 
 
 def digits(value: float) -> str:

@@ -9,12 +9,15 @@ import functools
 import importlib
 import pkgutil
 import sys
+import traceback
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import benchmarks
-from benchmarks import harness
+from benchmarks import harness, summary
 from runtime.command import run_command
+from runtime.errors import FieldfitError
 from runtime.verbs.options import positive
 
 BUNDLE = Path("build") / "solar" / "bundle"
@@ -38,7 +41,7 @@ def find() -> dict[str, ModuleType]:
 
 def _parser(modules: dict[str, ModuleType]) -> argparse.ArgumentParser:
     summaries = "\n".join(
-        f"  {name:<15}{(module.__doc__ or '').splitlines()[0]}" for name, module in modules.items()
+        f"  {name:<15}{summary.first_line(module)}" for name, module in modules.items()
     )
     long = [name for name, module in modules.items() if getattr(module, "LONG", False)]
     parser = argparse.ArgumentParser(
@@ -70,18 +73,53 @@ def _parser(modules: dict[str, ModuleType]) -> argparse.ArgumentParser:
 
 
 def _run(modules: dict[str, ModuleType], options: argparse.Namespace) -> int:
+    """Measure one after the other; what cannot run here is told of, and the others go on."""
+    if len(modules) == 1:
+        for name, module in modules.items():
+            _measure(name, module, options)
+        return 0
+    ends = {name: _end(name, module, options) for name, module in modules.items()}
+    missing = {name: end.error for name, end in ends.items() if end.error}
+    for name, error in missing.items():
+        _say(f"{name} was not measured: {error}")
+    _say(f"{len(ends) - len(missing)} of {len(ends)} measured")
+    return int(len(missing) == len(ends) or any(end.bug for end in ends.values()))
+
+
+class _End(NamedTuple):
+    """How a benchmark ended; without an error it was measured."""
+
+    error: str = ""
+    bug: bool = False
+
+
+def _end(name: str, module: ModuleType, options: argparse.Namespace) -> _End:
+    try:
+        _measure(name, module, options)
+    except FieldfitError as error:
+        return _End(str(error))
+    except Exception as error:
+        traceback.print_exc()  # and on: what the others find may have taken an hour
+        return _End(f"a bug, {type(error).__name__}: {error}", bug=True)
+    return _End()
+
+
+def _measure(name: str, module: ModuleType, options: argparse.Namespace) -> None:
     chosen = harness.Options(
         bundle=options.bundle, quick=options.quick, cuts=options.cuts, minutes=options.minutes
     )
-    for name, module in modules.items():
-        print(f"benchmarks: {name} ...", file=sys.stderr)
-        measure = functools.partial(module.measure, chosen)
-        record = harness.run(name, measure, _command(name, options))
-        print(harness.markdown(record))
-        if not options.quick:
-            for path in harness.write(record, page=getattr(module, "PAGE", None)):
-                print(f"benchmarks: wrote {path}", file=sys.stderr)
-    return 0
+    _say(f"{name} ...")
+    measure = functools.partial(module.measure, chosen)
+    record = harness.run(name, measure, _command(name, options))
+    print(harness.markdown(record), flush=True)
+    if not options.quick:
+        paths = harness.write(record, page=getattr(module, "PAGE", None))
+        for path in (*paths, summary.write()):
+            _say(f"wrote {path}")
+
+
+def _say(text: str) -> None:
+    print(f"benchmarks: {text}", file=sys.stderr)
 
 
 def _command(name: str, options: argparse.Namespace) -> str:
