@@ -20,6 +20,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from unittest import mock
 
 import msgspec
+import tomllib
 
 from export import table
 from export.release import Release
@@ -60,6 +61,7 @@ def recipe_page() -> str:
         "range are errors that name the table and the key. Relative paths are relative to the",
         "recipe's folder; results go to `build/NAME/` in the working directory.",
         "",
+        "<!-- run: tests/test_docs.py::test_a_recipe_on_a_page_is_valid -->",
         "```toml",
         (DOCS.parent / "train" / "recipes" / "solar.toml").read_text().rstrip(),
         "```",
@@ -159,11 +161,99 @@ def readme() -> str:
     return before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + after
 
 
+ROOMS = {
+    "export": ("composes: forms, gate, bundle", "torch and onnx"),
+    "train": ("learns: the checkpoint", "torch"),
+    "calibration": ("measures: ranges, two dialects", "onnx"),
+    "runtime": ("answers: all that a device runs", "neither"),
+}
+"""What each room does, and what it needs to be installed."""
+
+_SVG = """\
+<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" \
+aria-labelledby="title description">
+<!-- Made from the import contracts of pyproject.toml by `make docs`. -->
+<title id="title">The four rooms of fieldfit, and who may import whom</title>
+<desc id="description">{description}</desc>
+<style>
+svg {{ --back: #f6f7f9; --box: #ffffff; --edge: #57606a; --text: #1f2328; --soft: #57606a; }}
+@media (prefers-color-scheme: dark) {{
+svg {{ --back: #161b22; --box: #0d1117; --edge: #9198a1; --text: #f0f6fc; --soft: #9198a1; }}
+}}
+text {{ font-family: system-ui, sans-serif; font-size: 17px; fill: var(--text); }}
+.name {{ font-weight: 600; font-size: 20px; }}
+.soft {{ fill: var(--soft); }}
+.box {{ fill: var(--box); stroke: var(--edge); stroke-width: 1.5; }}
+.arrow {{ stroke: var(--edge); stroke-width: 1.5; }}
+.head {{ fill: var(--edge); }}
+.border {{ stroke: var(--edge); stroke-dasharray: 5 5; }}
+</style>
+<defs><marker id="head" viewBox="0 0 10 10" refX="10" refY="5" markerWidth="9" markerHeight="9" \
+orient="auto"><path class="head" d="M0 0 10 5 0 10z"/></marker></defs>
+<rect width="{width}" height="{height}" rx="12" style="fill: var(--back)"/>
+{parts}
+</svg>
+"""
+
+
+def rooms_picture() -> str:
+    """``rooms.svg``: the rooms as the contract of their layers stacks them, arrows down."""
+    contract = _layers()
+    width, wide, high, apart, top = 640, 290, 96, 64, 20
+    places = {}
+    for row, rooms in enumerate(contract):
+        for number, room in enumerate(rooms):
+            middle = width / 2 + (number - (len(rooms) - 1) / 2) * (wide + 20)
+            places[room] = (middle, top + row * (high + apart))
+    parts = []
+    for row, below in itertools.pairwise(contract):
+        for (x1, y1), (x2, y2) in itertools.product(
+            *([places[r] for r in e] for e in (row, below))
+        ):
+            lean = (x2 - x1) / 4
+            parts.append(
+                f'<line class="arrow" x1="{x1 + lean:g}" y1="{y1 + high:g}" '
+                f'x2="{x2 - lean:g}" y2="{y2:g}" marker-end="url(#head)"/>'
+            )
+    for room, (middle, y) in places.items():
+        does, needs = ROOMS[room]
+        parts += [
+            f'<rect class="box" x="{middle - wide / 2:g}" y="{y:g}" width="{wide}" '
+            f'height="{high}" rx="8"/>',
+            f'<text class="name" text-anchor="middle" x="{middle:g}" y="{y + 30:g}">{room}</text>',
+            f'<text text-anchor="middle" x="{middle:g}" y="{y + 56:g}">{does}</text>',
+            f'<text class="soft" text-anchor="middle" x="{middle:g}" y="{y + 80:g}">'
+            f"knows {needs}</text>",
+        ]
+    border = top + (len(contract) - 1) * (high + apart) - apart / 2
+    parts += [
+        f'<line class="border" x1="24" x2="{width - 24}" y1="{border:g}" y2="{border:g}"/>',
+        f'<text class="soft" x="24" y="{border - 8:g}">workstation</text>',
+        f'<text class="soft" x="24" y="{border + 20:g}">device</text>',
+    ]
+    told = (f"{room} {does}, knows {needs}" for room, (does, needs) in ROOMS.items())
+    return _SVG.format(
+        width=width,
+        height=top * 2 + len(contract) * high + (len(contract) - 1) * apart,
+        description=f"{'; '.join(told)}. Arrows are imports: all point down.",
+        parts="\n".join(parts),
+    )
+
+
+def _layers() -> list[list[str]]:
+    """The rooms from the top to the ground floor, those of one level beside each other."""
+    project = tomllib.loads((DOCS.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    contracts = project["tool"]["importlinter"]["contracts"]
+    contract = next(c for c in contracts if c["type"] == "layers" and "containers" not in c)
+    return [[room.strip() for room in layer.split("|")] for layer in contract["layers"]]
+
+
 PAGES = {
     "docs/recipe.md": recipe_page,
     "docs/commands.md": commands_page,
     "docs/doctor.md": doctor_page,
     "docs/degradations.md": degradations_page,
+    "docs/rooms.svg": rooms_picture,
     "README.md": readme,
 }
 

@@ -543,12 +543,14 @@ What light, dirt and sensors do to a picture. One module, three uses: training a
 simulated target domain, and the robustness sweep of the similarity report. To see all of them on a
 picture of yours:
 
+<!-- alike: tests/test_degradations.py::test_the_command_writes_where_it_says -->
 ```sh
 python -m train degradations IMAGE
 ```
 
 Pictures are uint8 `[N, H, W, C]`, gray or RGB, on the CPU or a GPU:
 
+<!-- run: tests/test_docs.py::test_the_python_of_the_degradations_page_runs -->
 ```python
 from train.degradations import degrade, field_photo
 
