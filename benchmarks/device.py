@@ -22,16 +22,19 @@ import numpy as np
 import tomllib
 
 from benchmarks.harness import (
+    Bar,
     Clocks,
     Options,
     Report,
     Spread,
     Table,
     Times,
+    at_most,
     difference,
     interleave,
     ratio,
     spread,
+    verdict,
 )
 from runtime.bundle import Bundle
 from runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
@@ -97,6 +100,14 @@ class Environment(NamedTuple):
     """Installed bytes by package; None in an environment that is not a device's."""
 
 
+class Part(NamedTuple):
+    """One table, its figures unrounded, and the bars that it is held to."""
+
+    table: Table
+    figures: object
+    bars: tuple[Bar, ...]
+
+
 def run_code(python: str, code: str, *arguments: object) -> str:
     """What ``code`` prints in a process of its own.
 
@@ -122,25 +133,20 @@ def measure(options: Options) -> Report:
     if not options.bundle.exists():
         raise BundleError(f"{options.bundle}: no bundle there; run make train export first")
     seconds = 0.0 if options.quick else 40.0
-    with tempfile.TemporaryDirectory() as folder, _cache(Path(folder) / "cache"):
+    with tempfile.TemporaryDirectory() as folder, cache(Path(folder) / "cache"):
         environment = here() if options.quick else _device_environment(Path(folder))
-        start, start_figures = _start(options.bundle, environment, Path(folder), seconds)
-        imports, import_figures = _imports(environment, seconds / 2)
-        install, install_figures = _install(environment)
-        cost, cost_figures = _wrapper(seconds / 8)
+        parts = {
+            "start": _start(options.bundle, environment, Path(folder), seconds),
+            "imports": _imports(environment, seconds / 2),
+            "install": _install(environment),
+            "wrapper": _wrapper(seconds / 8),
+        }
     return Report(
         title="What a device pays for fieldfit",
-        tables=(start, imports, install, cost),
-        figures={
-            "start": start_figures, "imports": import_figures, "install": install_figures,
-            "wrapper": cost_figures,
-        },
-    )  # fmt: skip
-
-
-def verdict(holds: bool) -> str:
-    """The one wording of bars."""
-    return "holds" if holds else "does not hold"
+        tables=tuple(part.table for part in parts.values()),
+        figures={name: part.figures for name, part in parts.items()},
+        bars=tuple(bar for part in parts.values() for bar in part.bars),
+    )
 
 
 def here() -> Environment:
@@ -148,9 +154,11 @@ def here() -> Environment:
     return Environment(sys.executable, "the workstation's environment", None)
 
 
-def starts(processes: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, Times]:
+def starts(
+    processes: Mapping[str, Callable[[], object]], seconds: float, *, least: int = 10
+) -> dict[str, Times]:
     """Whole processes in turn; CPU time is that of all their threads."""
-    return interleave(processes, seconds=seconds, least=10, warmup=1, clocks=CHILDREN)
+    return interleave(processes, seconds=seconds, least=least, warmup=1, clocks=CHILDREN)
 
 
 def _children_cpu() -> float:
@@ -193,9 +201,7 @@ def start_table(
     return table, figures
 
 
-def _start(
-    bundle: Path, environment: Environment, folder: Path, seconds: float
-) -> tuple[Table, object]:
+def _start(bundle: Path, environment: Environment, folder: Path, seconds: float) -> Part:
     image = folder / "image.png"
     write_sample(bundle, image)
     # The first opening builds and measures whatever there is to be kept; from then on it is known.
@@ -215,7 +221,13 @@ def _start(
         f"{chosen['form']} file once with onnxruntime's defaults: it checks no digest and replays "
         f"no golden sample. Both in {environment.what}.",
     )  # fmt: skip
-    return table, {"engine": chosen, "processes": figures}
+    ours = figures[OURS]
+    bars = tuple(
+        at_most(f"second start to first answer against a bare script, {clock}",
+                ours[f"{clock}_ratio"], START_BAR, " times")
+        for clock in ("wall", "cpu")
+    )  # fmt: skip
+    return Part(table, {"engine": chosen, "processes": figures}, bars)
 
 
 def write_sample(bundle: Path, target: Path) -> None:
@@ -229,7 +241,7 @@ def write_sample(bundle: Path, target: Path) -> None:
         Image.fromarray(Bundle.open(bundle).golden()["images"][0].squeeze()).save(target)
 
 
-def _imports(environment: Environment, seconds: float) -> tuple[Table, object]:
+def _imports(environment: Environment, seconds: float) -> Part:
     """Of the import statement alone: the interpreter's own start would flatter the ratio."""
     taken: dict[str, Times] = {name: Times() for name in (RUNTIME, BOTH, PEERS)}
 
@@ -272,10 +284,15 @@ def _imports(environment: Environment, seconds: float) -> tuple[Table, object]:
             f"{verdict(holds)}. onnxruntime is imported with the first session.",
         ),
     )
-    return table, measured
+    bars = tuple(
+        at_most(f"import {RUNTIME} against {PEERS}, {clock}", ours[f"{clock}_ratio"],
+                IMPORT_BAR, " times")
+        for clock in ("wall", "cpu")
+    )  # fmt: skip
+    return Part(table, measured, bars)
 
 
-def _install(environment: Environment) -> tuple[Table, object]:
+def _install(environment: Environment) -> Part:
     direct = direct_dependencies((ROOT / "pyproject.toml").read_text())
     sizes = environment.packages
     rows = [
@@ -293,7 +310,8 @@ def _install(environment: Environment) -> tuple[Table, object]:
             f"Measured in {environment.what}." if sizes else f"No sizes: {environment.what}.",
         ),
     )
-    return table, {"direct": direct, "bytes": dict(sizes) if sizes else None}
+    bar = at_most("direct dependencies of the base install", len(direct), DEPENDENCIES_BAR)
+    return Part(table, {"direct": direct, "bytes": dict(sizes) if sizes else None}, (bar,))
 
 
 def direct_dependencies(pyproject: str) -> list[str]:
@@ -349,7 +367,7 @@ def installed_bytes(site: Path) -> dict[str, int]:
     }
 
 
-def _wrapper(seconds: float) -> tuple[Table, object]:
+def _wrapper(seconds: float) -> Part:
     engine = OnnxRuntimeEngine(identity(), form="fp32", threads=1)
     image = np.zeros((1, *engine.shape), np.uint8)
     # The engine's own session, so that nothing but the wrapper differs.
@@ -369,7 +387,8 @@ def _wrapper(seconds: float) -> tuple[Table, object]:
             "of 100 calls in turn.",
         ),
     )
-    return table, figures
+    bar = at_most("what Engine.infer adds to session.run, CPU", added, WRAPPER_BAR, " µs")
+    return Part(table, figures, (bar,))
 
 
 def identity() -> bytes:
@@ -395,8 +414,8 @@ def identity() -> bytes:
 
 
 @contextlib.contextmanager
-def _cache(folder: Path) -> Iterator[None]:
-    """What the device keeps goes to ``folder`` and not to this user's own cache."""
+def cache(folder: Path) -> Iterator[None]:
+    """While entered, what the device keeps goes to ``folder`` and not to this user's own cache."""
     before = os.environ.get("FIELDFIT_CACHE")
     os.environ["FIELDFIT_CACHE"] = str(folder)
     try:

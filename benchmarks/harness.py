@@ -177,10 +177,9 @@ def at_most(what: str, value: float | Spread, bar: float, unit: str = "") -> Bar
 
 
 def _held(value: float | Spread, unit: str, holds: Callable[[float], bool]) -> tuple[str, bool]:
-    found, shown = (
-        (value.median, str(value)) if isinstance(value, Spread) else (value, digits(value))
-    )
-    return shown + unit, holds(found)
+    if isinstance(value, Spread):
+        return f"{value}{unit}", holds(value.median)
+    return f"{value if isinstance(value, int) else digits(value)}{unit}", holds(value)
 
 
 def spread(values: Iterable[float], *, scale: float = 1.0) -> Spread:
@@ -252,7 +251,7 @@ def markdown(record: Record) -> str:
 
 def verdict(holds: bool) -> str:
     """The one wording of bars."""
-    return "holds" if holds else "**does not hold**"
+    return "holds" if holds else "does not hold"
 
 
 def bars_table(bars: Sequence[Bar]) -> Table:
@@ -260,8 +259,14 @@ def bars_table(bars: Sequence[Bar]) -> Table:
     return Table(
         title="Bars",
         columns=("bar", "asked", "measured", "verdict"),
-        rows=tuple((bar.what, bar.bar, bar.value, verdict(bar.holds)) for bar in bars),
+        rows=tuple(map(bar_cells, bars)),
     )
+
+
+def bar_cells(bar: Bar) -> tuple[str, str, str, str]:
+    """What, asked, measured, verdict; one that does not hold is not to be overlooked."""
+    said = verdict(bar.holds)
+    return bar.what, bar.bar, bar.value, said if bar.holds else f"**{said}**"
 
 
 def grid(table: Table) -> str:

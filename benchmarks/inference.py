@@ -315,7 +315,7 @@ def bar(found: Speeds) -> Bar:
     """INT8 against float32, both ours."""
     faster = ratio(found.again[FLOAT].cpu, found.again[OURS].cpu)
     what = f"int8-cpu over fp32, batch {found.batch}, one thread, CPU time"
-    return at_least(what, faster, BARS[found.batch], "x")
+    return at_least(what, faster, BARS[found.batch], " times")
 
 
 def figures(found: Speeds, name: str) -> dict[str, object]:

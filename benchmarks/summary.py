@@ -11,7 +11,7 @@ from types import ModuleType
 
 import msgspec
 
-from benchmarks.harness import RESULTS, Record, Table, grid, verdict
+from benchmarks.harness import RESULTS, Record, Table, bar_cells, grid
 from runtime import atomic
 
 PAGE = "README.md"
@@ -41,8 +41,7 @@ def page(found: Iterable[Record]) -> str:
         columns=("bar", "asked", "measured", "verdict", "command", "date"),
         rows=tuple(
             (
-                bar.what, bar.bar, bar.value, verdict(bar.holds),
-                f"[`{record.command}`]({_page_of(record, RESULTS)})", record.date,
+                *bar_cells(bar), f"[`{record.command}`]({_page_of(record, RESULTS)})", record.date,
             )
             for record, bar in bars
         ),
