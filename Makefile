@@ -1,5 +1,5 @@
 # One word per job. `make` alone explains them. Settings live in the recipe, not here.
-.PHONY: help setup train calibration export run test test-arm64 docs check format lock bench bench-quality clean
+.PHONY: help setup train calibration export report run test test-arm64 docs check format lock bench bench-quality clean
 
 PYTHON ?= python3
 RECIPE ?= train/recipes/solar.toml
@@ -14,7 +14,7 @@ help:  ## explain the targets
 	@echo
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16 | sed 's/^/  make /'
 	@echo
-	@echo "  RECIPE=FILE   the recipe for train, calibration, export and run (now $(RECIPE))"
+	@echo "  RECIPE=FILE   the recipe for train, calibration, export, report, run (now $(RECIPE))"
 	@echo "  Start with:   make train export"
 
 setup: $(READY)  ## create or update the environment in .venv (the other targets do this by themselves)
@@ -44,6 +44,9 @@ calibration: $(READY)  ## inspect the INT8 calibration of an exported RECIPE
 
 export: $(READY)  ## prove the model in every precision and write the bundle
 	@$(BIN)/python -m export "$(RECIPE)"
+
+report: $(READY)  ## show the page that explains the last export of RECIPE
+	@$(BIN)/python -m export report "$(RECIPE)" --open
 
 run: $(READY)  ## classify a few held-out field images with the bundle
 	@$(BIN)/python -m export "$(RECIPE)" --run

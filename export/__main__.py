@@ -156,6 +156,7 @@ def _run(options: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|timm|onnxscript)\.")
     release = export(recipe, allow_fp16_only=options.allow_fp16_only)
     show(release)
+    console.say(f"wrote {_write_report(options.recipe)}")
     if options.json:
         print(json.dumps(msgspec.to_builtins(release)))
     missing = without_int8(release.forms)

@@ -84,7 +84,7 @@ def _row(rung: Rung, metric: Metric) -> Row:
         flips="–" if flips is None else f"{flips:.1%}",
         seconds=f"{rung.seconds:.0f} s",
         reason=rung.reason,
-        notes=rung.details.notes,
+        notes=tuple(note for note in rung.details.notes if note not in rung.reason),
     )
 
 

@@ -75,8 +75,8 @@ def abstains(release: Release) -> str | None:
         return None
     silent = _range([1 - one.coverage for one in tested])
     return (
-        f"On the test images it stays silent on {silent}; of the answers it gives {_range(errors)} "
-        "are wrong"
+        f"On the test images, over all forms, it abstains from {silent}, and {_range(errors)} of "
+        "the answers that it gives are wrong"
     )
 
 
