@@ -1,4 +1,4 @@
-"""What many tests share: small labelled pictures, and one trained and exported quick recipe."""
+"""What many tests share: small labelled pictures, and two recipes that are trained once for all."""
 
 import contextlib
 import os
@@ -51,25 +51,61 @@ def draw(class_index: int, number: int, size: int = 32) -> Image.Image:
 WriteDomain = Callable[..., Path]
 
 
+def write_pictures(
+    folder: Path, counts: Mapping[str, int], *, first: int = 0, size: int = 32
+) -> Path:
+    """Write a folder of class folders, pictures numbered from ``first``.
+
+    Equal class position and number give equal bytes.
+    """
+    for class_index, (name, count) in enumerate(counts.items()):
+        (folder / name).mkdir(parents=True)
+        for number in range(first, first + count):
+            draw(class_index, number, size).save(folder / name / f"{number:04}.png")
+    return folder
+
+
 @pytest.fixture
 def pictures() -> WriteDomain:
-    """Write a folder of class folders: ``pictures(folder, {"good": 9, "bad": 3}, first=0)``.
-
-    Pictures are numbered from ``first``; equal class position and number give equal bytes.
-    """
-
-    def write(folder: Path, counts: Mapping[str, int], *, first: int = 0, size: int = 32) -> Path:
-        for class_index, (name, count) in enumerate(counts.items()):
-            (folder / name).mkdir(parents=True)
-            for number in range(first, first + count):
-                draw(class_index, number, size).save(folder / name / f"{number:04}.png")
-        return folder
-
-    return write
+    """``pictures(folder, {"good": 9, "bad": 3}, first=0)``: see ``write_pictures``."""
+    return write_pictures
 
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ROOT / "train" / "recipes" / "quick.toml"
+
+
+SMALL = """
+name = "small"
+[data]
+source = "{folder}/source"
+target = "{folder}/target"
+[input]
+size = [32, 32]
+channels = 1
+[model]
+architecture = "test_resnet"
+weights = "random"
+[source]
+epochs = 1
+[train]
+strategy = "auto"
+[train.fine_tuning]
+epochs = 1
+batch = 16
+[train.similarity]
+images = 8
+[calibration]
+images = 16
+[export]
+forms = ["fp16"]
+golden = 4
+[gate]
+min_agreement = 0.7
+min_sqnr_db = 3.0
+max_accuracy_drop = 0.5
+max_worst_recall_drop = 0.5
+"""
 
 
 @pytest.fixture(scope="session")
@@ -78,28 +114,54 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     Tests only read it; one that changes something works on ``bundle`` or a copy of its own.
     """
+    return _made_once(tmp_path_factory, "quick", _train_and_export)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which ``small.toml`` was trained: seconds, for what needs no real network.
+
+    Fifteen convolutions of no use, on easy pictures. The recipe names those by their whole path:
+    a copy, with changes, can lie anywhere. Tests only read it.
+    """
+    return _made_once(tmp_path_factory, "small", _train_small)
+
+
+def _made_once(
+    tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], None]
+) -> Path:
     run = tmp_path_factory.getbasetemp()
     if _worker is not None:
         run = run.parent  # each worker has a folder of its own in that of the run
-    folder = run / "quick"
-    with contextlib.closing(Lock.acquire(run / "quick.lock", lambda _: None)):
+    folder = run / name
+    with contextlib.closing(Lock.acquire(run / f"{name}.lock", lambda _: None)):
         if not (folder / "made").exists():
-            _train_and_export(folder)
+            folder.mkdir(exist_ok=True)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(folder)
+                make(folder)
             (folder / "made").touch()
     return folder
 
 
-def _train_and_export(folder: Path) -> None:
+def _train_and_export(_: Path) -> None:
     from export import pipeline
     from export.__main__ import main as export
     from train.__main__ import main as train
 
-    folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
         patch.setattr(pipeline, "TIMED_SECONDS", 0.5)  # no test looks at the times
         assert train([str(QUICK)]) == 0
         assert export([str(QUICK)]) == 0
+
+
+def _train_small(folder: Path) -> None:
+    from train.__main__ import main as train
+
+    write_pictures(folder / "source", {"coarse": 60, "fine": 60})
+    write_pictures(folder / "target", {"coarse": 60, "fine": 60}, first=500)
+    (folder / "small.toml").write_text(SMALL.format(folder=folder))
+    assert train(["small.toml"]) == 0
 
 
 @pytest.fixture

@@ -23,6 +23,8 @@ from calibration.kernels import check_kernels
 from calibration.quantize import Emitted
 from calibration.table import Table
 from export.onnx_graph import to_onnx
+from export.parity import check_batches
+from runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
 from runtime.engines.tensorrt_build import build
 from runtime.engines.tensorrt_layers import node_precisions
 from runtime.metrics import sqnr_db
@@ -135,23 +137,27 @@ def draw(count: int, *, seed: int) -> UInt8:
 
 
 @functools.lru_cache(1)
-def exported(name: str) -> onnx.ModelProto:
-    return to_onnx(
-        network(name),
-        CheckpointFacts(
-            name=name.split(",")[0],
-            classes=CLASSES,
-            model=ModelSettings(architecture=name, weights="random"),
-            input=SPEC,
-            recipe_sha256="0" * 64,
-            dataset_sha256="0" * 64,
-            rung="source",
-            temperature=1.0,
-            verified=False,
-            adaptation="random weights",
-            labels_used=0,
-        ),
+def made(name: str) -> tuple[ImageClassifier, onnx.ModelProto]:
+    """The network, and its graph."""
+    model = network(name)
+    facts = CheckpointFacts(
+        name=name.split(",")[0],
+        classes=CLASSES,
+        model=ModelSettings(architecture=name, weights="random"),
+        input=SPEC,
+        recipe_sha256="0" * 64,
+        dataset_sha256="0" * 64,
+        rung="source",
+        temperature=1.0,
+        verified=False,
+        adaptation="random weights",
+        labels_used=0,
     )
+    return model, to_onnx(model, facts)
+
+
+def exported(name: str) -> onnx.ModelProto:
+    return made(name)[1]
 
 
 @functools.lru_cache(1)
@@ -167,6 +173,24 @@ def on_onnxruntime(name: str) -> Emitted:
 @functools.lru_cache(1)
 def on_tensorrt(name: str) -> Emitted:
     return tensorrt_dialect.emit(exported(name), table(name))
+
+
+def check_graph(name: str) -> None:
+    """It answers as the network does, whatever the batch."""
+    model, graph = made(name)
+    images = draw(5, seed=3)
+    with torch.inference_mode():
+        expected, features = model(torch.from_numpy(images))
+    with OnnxRuntimeEngine(graph.SerializeToString(), form="fp32") as engine:
+        check_batches(engine, images)
+        outputs = engine.infer(images)
+    np.testing.assert_allclose(outputs.logits, expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(outputs.features, features, rtol=1e-3, atol=1e-4)
+
+
+def test_the_graph_of_a_real_network_is_the_network_at_any_batch(name: str) -> None:
+    """Widened heads, attention over channels, shuffled ones, channels-last blocks."""
+    check_graph(name)
 
 
 def test_every_layer_of_a_real_network_is_an_integer_kernel(name: str) -> None:
@@ -229,6 +253,10 @@ def test_tensorrt_runs_every_intended_layer_of_a_real_network_in_int8(name: str)
     )
     precisions = node_precisions(built.layers, emitted.quantized)
     assert set(precisions.values()) == {"INT8"}
+
+
+def test_the_graph_of_a_vision_transformer_is_the_network_at_any_batch() -> None:
+    check_graph(VIT)
 
 
 @BOTH

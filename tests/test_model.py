@@ -11,8 +11,6 @@ from safetensors.torch import save_file
 from timm.data.imagenet_info import ImageNetInfo
 
 from export.onnx_graph import to_onnx
-from export.parity import check_batches
-from runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
 from runtime.errors import DataError, ExportError, RecipeError
 from runtime.preprocess import InputSpec, preprocess
 from runtime.recipe import ModelSettings
@@ -141,34 +139,6 @@ def test_every_embedded_architecture_loads(architecture: str) -> None:
     logits, features = model(torch.zeros((2, 64, 64, 1), dtype=torch.uint8))
     assert logits.shape == (2, 3)
     assert features.shape == (2, 1280)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "architecture", ["resnet18", "mobilenetv3_small_100", "convnext_atto", "vit_tiny_patch16_224"]
-)
-def test_other_timm_models_export_with_a_dynamic_batch(architecture: str) -> None:
-    """Widened heads, transformers, channels-last blocks: the graph is the model at any batch."""
-    size = (224, 224) if architecture.startswith("vit") else (64, 64)
-    spec = InputSpec(size=size, channels=3)
-    settings = ModelSettings(architecture=architecture, weights="random")
-    torch.manual_seed(0)
-    model = build_model(settings, spec, 3)
-    torch.nn.init.normal_(model.head.weight)
-    facts = CheckpointFacts(
-        name="t", classes=("a", "b", "c"), model=settings, input=spec, recipe_sha256="0" * 64,
-        dataset_sha256="1" * 64, rung="test", temperature=1.0, verified=True, adaptation="a test",
-        labels_used=0,
-    )  # fmt: skip
-    graph = to_onnx(model, facts)
-    images = np.random.default_rng(0).integers(0, 256, (5, *spec.shape), dtype=np.uint8)
-    with torch.inference_mode():
-        expected, features = model(torch.from_numpy(images))
-    with OnnxRuntimeEngine(graph.SerializeToString(), form="fp32") as engine:
-        check_batches(engine, images)
-        outputs = engine.infer(images)
-    np.testing.assert_allclose(outputs.logits, expected, rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(outputs.features, features, rtol=1e-3, atol=1e-4)
 
 
 def test_what_torch_cannot_export_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,7 +131,9 @@ def test_no_display_is_asked_for(tmp_path: Path) -> None:
     )
     done = subprocess.run(
         [sys.executable, "-c", program, tmp_path / "ladder.png"],
-        cwd=Path(__file__).parents[1], env={"MPLBACKEND": "TkAgg", "HOME": str(tmp_path)},
+        cwd=Path(__file__).parents[1],
+        # Its list of fonts is made already.
+        env={"MPLBACKEND": "TkAgg", "HOME": str(tmp_path), "MPLCONFIGDIR": mpl.get_cachedir()},
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.split() == ["False"]
