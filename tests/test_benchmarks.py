@@ -277,30 +277,6 @@ def test_a_blend_is_the_difference_of_photograph_and_digit() -> None:
     assert blended[0, 0].tolist() == [10, 100, 200]
 
 
-def test_gains_of_adaptation_are_taken_seed_by_seed_and_held_to_the_bars() -> None:
-    accuracies = {
-        dann.Run(shift, seed, method, 0): 0.5 + 0.1 * seed + better
-        for shift, gain in zip(dann.SHIFTS, (0.09, 0.07), strict=True)
-        for method, better in zip(dann.METHODS, (0.0, gain, 0.2), strict=True)
-        for seed in range(3)
-    }
-    times = {
-        name: harness.Times(cpu=[passes / 2, passes * 2.0])
-        for name, (passes, _) in dann.FORMS.items()
-    }
-
-    digits, step = dann.report(accuracies, times).tables
-
-    photographs, small = dann.SHIFTS
-    assert digits.rows[1] == (
-        photographs, "DANN", "69.0 ± 10.0", "9.0 ± 0.0", "+9.0, +9.0, +9.0",
-    )  # fmt: skip
-    assert f"{photographs}, DANN: holds" in digits.notes[0]
-    assert f"{small}, DANN: does not hold; {small}, CDAN: holds" in digits.notes[0]
-    assert step.rows[-1][-1] == "0.250 (0.250 to 0.250)"
-    assert "The bar of 0.6 holds" in step.notes[0]
-
-
 def test_weights_that_are_not_installed_name_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases, "PACKAGE", "no_such_package")
 
