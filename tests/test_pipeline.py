@@ -259,7 +259,9 @@ def test_a_form_that_cannot_be_made_is_refused_and_the_others_go_on(
 
     monkeypatch.setitem(precision_ladder.EMITTERS, "int8", float_only)
     monkeypatch.setitem(precision_ladder.EMITTERS, "int8-cpu", broken)
-    recipe = recipe_with(tmp_path, forms=("int8", "int8-cpu", "fp16"))
+    recipe = tmp_path / "changed.toml"
+    forms = '[export]\nforms = ["int8", "int8-cpu", "fp16"]'
+    recipe.write_text(QUICK.read_text().replace("[export]", forms))
     assert export([str(recipe), "--allow-fp16-only"]) == 0
     error = capsys.readouterr().err
     assert "int8 is not in the bundle: no layer is left to quantize" in error
@@ -269,16 +271,8 @@ def test_a_form_that_cannot_be_made_is_refused_and_the_others_go_on(
     assert not (again / "bundle" / "int8-cpu.onnx").exists()
 
 
-def recipe_with(folder: Path, *, forms: tuple[str, ...], min_sqnr_db: float = 8.0) -> Path:
-    """The quick recipe with other forms and another budget."""
-    text = QUICK.read_text().replace("min_sqnr_db = 8.0", f"min_sqnr_db = {min_sqnr_db}")
-    path = folder / "changed.toml"
-    path.write_text(text.replace("[export]", f"[export]\nforms = {json.dumps(forms)}"))
-    return path
-
-
 def test_a_form_over_budget_is_refused_after_every_rung(
-    again: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And no bundle is written without the form, unless its owner says so."""
     from export import precision_ladder, teach
@@ -287,13 +281,18 @@ def test_a_form_over_budget_is_refused_after_every_rung(
     shortly = functools.partial(quantize_aware, steps=6)
     monkeypatch.setattr(teach, "quantize_aware", shortly)
     monkeypatch.setattr(precision_ladder, "BUDGETS", (0.1, 0.3))
-    strict = recipe_with(tmp_path, forms=("int8-cpu",), min_sqnr_db=60.0)
+    text = (small / "small.toml").read_text().replace('["fp16"]', '["int8-cpu"]')
+    strict = tmp_path / "strict.toml"
+    strict.write_text(text.replace("min_sqnr_db = 3.0", "min_sqnr_db = 60.0"))
+    build = tmp_path / "build" / "small"
+    shutil.copytree(small / "build" / "small" / "train", build / "train")
+    monkeypatch.chdir(tmp_path)
     assert export([str(strict)]) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert "no INT8 for onnxruntime on a CPU: int8-cpu was refused: SQNR" in error
     assert "--allow-fp16-only" in error
-    assert not (again / "bundle").exists()
-    release = msgspec.json.decode((again / "release.json").read_bytes(), type=Release)
+    assert not (build / "bundle").exists()
+    release = msgspec.json.decode((build / "release.json").read_bytes(), type=Release)
     report = release.forms[-1]
     assert not report.released
     assert "< 60 dB" in report.reason
@@ -355,6 +354,7 @@ def test_own_folders_and_an_unlabelled_field(
     (tmp_path / "own.toml").write_text(
         'name = "own"\n[data]\nsource = "clean"\ntarget = "field.csv"\n'
         "[input]\nsize = [32, 32]\n[source]\nepochs = 1\n"
+        "[model]\narchitecture = 'test_resnet'\nweights = 'random'\n"
         "[train]\nstrategy = 'feature-extraction'\n[train.similarity]\nimages = 8\n"
         "[calibration]\nimages = 16\n[export]\nforms = ['int8-cpu']\n"
         "[gate]\nmin_agreement = 0.7\nmin_sqnr_db = 3.0\n"
