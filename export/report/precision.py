@@ -124,8 +124,8 @@ def account(layers: Sequence[LayerSensitivity], kept_float: Collection[str]) -> 
     error = sum(layer.error_share for layer in kept)
     price = sum(layer.compute_share for layer in kept)
     return (
-        f"{len(kept)} of {len(layers)} layers stayed float: they would make {error:.0%} of the "
-        f"error that the layers make alone, and have {price:.0%} of the multiplications."
+        f"{len(kept)} of {len(layers)} layers stayed float: in INT8 they would make {error:.0%} of "
+        f"the error of all layers alone, and they have {price:.0%} of the multiplications."
     )
 
 
