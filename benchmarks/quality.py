@@ -1,13 +1,16 @@
 """What the trained and exported models are worth on held-out images they never saw.
 
-It trains nothing: it reads what ``make train export`` recorded, and puts the field's published
-figure beside it.
+It trains nothing: it reads what ``make train export`` and benchmarks/adaptation recorded, and puts
+published figures beside it.
 """
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from benchmarks.harness import Options, Report, Table
 from runtime.errors import DataError
@@ -16,10 +19,60 @@ RECIPES = ("solar-all", "solar")
 BUILD = Path("build")
 MAKE = "make train export RECIPE=train/recipes/{}.toml"
 
-PUBLISHED = ("VGG-19, Deitsch et al. 2019 (as published)", "656", "88.4 %")
-"""Deitsch et al., Automatic classification of defective photovoltaic module cells in
-electroluminescence images, Solar Energy 185 (2019), arXiv:1807.02894: fine-tuned VGG-19 on a
-random 75/25 split of the 2,624 cells. Not the same images as ours: a mark, not a match."""
+ALL_CELLS = "bench-all-*"
+"""Trainings of benchmarks/adaptation on all cells, one for each seed."""
+
+
+class Published(NamedTuple):
+    """A figure that others published for ELPV or for a shift like ours."""
+
+    model: str
+    figure: str
+    setting: str
+    comparable: str
+    """Whether it can be put beside ours, and what stands against it."""
+    source: str
+
+
+PUBLISHED = (
+    Published(
+        "VGG-19, fine-tuned", "accuracy 88.42 %",
+        "ELPV, all 2,624 cells, 75/25, 656 test images",
+        "yes, as a mark: same images and shares, another random split",
+        "Deitsch et al., Solar Energy 185 (2019), arXiv:1807.02894",
+    ),
+    Published(
+        "hand-made features and an SVM", "accuracy 82.44 %",
+        "ELPV, all 2,624 cells, 75/25, 656 test images",
+        "yes, as a mark: same images and shares, another random split",
+        "Deitsch et al., Solar Energy 185 (2019), arXiv:1807.02894",
+    ),
+    Published(
+        "searched network of 1.85 M parameters, distilled", "accuracy 91.74 %",
+        "ELPV, online augmentation, its network found on the same images",
+        "as a mark: another draw of test images, and a search beside the training",
+        "Zhang et al., Applied Energy 355 (2024), arXiv:2302.07455",
+    ),
+    Published(
+        "ResNet-152", "accuracy 90.13 %",
+        "ELPV, defective cells made more by a GAN and over-sampling, threshold moved",
+        "no: variants of the data set, and the best of seven networks on them",
+        "PMC12391306",
+    ),
+    Published(
+        "light CNN, four classes", "accuracy 83.5 %",
+        "ELPV, the four defect probabilities as classes",
+        "no: four classes, ours two",
+        "Computational Intelligence and Neuroscience (2023), 2663150",
+    ),
+    Published(
+        "adversarial, with attention; no poly labels", "F1 up by 0.263",
+        "from mono- to polycrystalline cells, their own production images",
+        "no: other images and another measure; the shift is that of `elpv:mono` to `elpv:poly`",
+        "Xie et al., Solar Energy 250 (2023), doi:10.1016/j.solener.2022.10.055",
+    ),
+)  # fmt: skip
+"""As their abstracts give them. Deitsch et al. train on 1,968 cells; the 656 are the others."""
 
 
 def measure(options: Options) -> Report:
@@ -40,8 +93,6 @@ def measure(options: Options) -> Report:
         forms += [_form(name, form) for form in release["forms"]]
         notes.append(_origin(name, training, release))
         figures[name] = {"training": training["rungs"], "release": release}
-    if RECIPES[0] in found:
-        models.append((*PUBLISHED, "", "", "", ""))
     table = Table(
         title="Checkpoints on held-out test images of the field",
         columns=(
@@ -59,7 +110,51 @@ def measure(options: Options) -> Report:
         columns=("form", "agrees", "SQNR dB", "accuracy", "worst recall", "MB", "verdict"),
         rows=tuple(forms),
     )
-    return Report(title="Quality", tables=(table, release_table), figures=figures)
+    accuracies = all_cells()
+    figures["all cells"] = accuracies
+    return Report(
+        title="Quality", tables=(table, release_table, published_table(accuracies)),
+        figures=figures,
+    )  # fmt: skip
+
+
+def all_cells() -> list[float]:
+    """Test accuracies on all cells of ELPV, of every seed that benchmarks/adaptation trained."""
+    accuracies = []
+    for path in sorted(BUILD.glob(f"{ALL_CELLS}/train/training.json")):
+        rungs = json.loads(path.read_text(encoding="utf-8"))["rungs"]
+        kept = next(rung for rung in rungs if rung["kept"])
+        accuracies.append(float(kept["scores"]["source-test"]["accuracy"]))
+    return accuracies
+
+
+def published_table(accuracies: Sequence[float]) -> Table:
+    """What others published, and ours of as many seeds as there are in the same setting."""
+    rows = list(PUBLISHED)
+    notes = [
+        "15 % of ELPV's labels are unsure (probabilities 1/3 and 2/3); ours counts a cell as "
+        "defective above 0.5 and leaves none out. Nobody splits by module, the package does not "
+        "say which module a cell is of: cells of one module are in training and test alike, so "
+        "that every figure here is optimistic. Figures are their abstracts', not measured again.",
+    ]
+    if accuracies:
+        ours = Published(
+            "fieldfit, EfficientNet-Lite0, 3.4 M parameters",
+            f"accuracy {_percent(float(np.mean(accuracies)))} "
+            f"({_percent(min(accuracies))} to {_percent(max(accuracies))})",
+            f"ELPV, all 2,624 cells, 65/10/25, 655 test images, {len(accuracies)} seeds",
+            "",
+            "`python -m benchmarks.run adaptation`",
+        )
+        rows.insert(0, ours)
+    else:
+        notes.append("Ours was not trained: `python -m benchmarks.run adaptation`.")
+    return Table(
+        title="Published figures",
+        columns=("model", "figure", "setting", "comparable with ours", "source"),
+        rows=tuple(rows),
+        notes=tuple(notes),
+    )
 
 
 def _read(name: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from benchmarks import cases, dann
 from benchmarks.cases import Case, Ints, UInt8
-from benchmarks.harness import Options, Report, Table
+from benchmarks.harness import Bar, Options, Report, Table
 from export import gate, parity
 from export.precision_ladder import EMITTERS, PrecisionLadder, Rung, material_of
 from runtime import metrics
@@ -106,18 +106,21 @@ def measure(options: Options) -> Report:
     networks = {"efficientnet_lite0": cases.exported(options.bundle)}
     if not options.quick:
         networks[cases.ARCHITECTURE] = cases.mobilenetv2()
-    tables, figures = [], dict[str, object]()
+    tables, figures, bars = [], dict[str, object](), list[Bar]()
     for name, case in networks.items():
         judge = Judge.of(case, "test", limit=QUICK if options.quick else None)
         scores = forms(name, case, judge, quick=options.quick)
         tables.append(forms_table(name, case, judge, scores))
+        bars += bars_of(name, scores)
         figures[name] = [
             {"engine": engine, "form": form, "seed": seed, **score._asdict()}
             for (engine, form, seed), score in scores.items()
         ]
         if name == "efficientnet_lite0":
             wrong, figures["wrong images"] = _wrong(case, judge, quick=options.quick)
-    return Report(title="Quality of INT8", tables=(*tables, wrong), figures=figures)
+    return Report(
+        title="Quality of INT8", tables=(*tables, wrong), figures=figures, bars=tuple(bars)
+    )
 
 
 class Judge(NamedTuple):
@@ -310,7 +313,7 @@ def _nncf(graph: "onnx.ModelProto", calibration: UInt8, images: UInt8) -> Floats
 
 
 def forms_table(network: str, case: Case, judge: Judge, scores: Scores) -> Table:
-    """One row a form and seed, and whether ours meets its bars."""
+    """One row a form and seed."""
     height, width, _ = case.spec.shape
     rows = [("float", "", "", _percent(judge.accuracy), "", "", "")]
     rows += [
@@ -335,32 +338,37 @@ def forms_table(network: str, case: Case, judge: Judge, scores: Scores) -> Table
         title=f"{network}, {height} x {width}",
         columns=("form", "agrees", "SQNR dB", "accuracy", "points lost", "interval", "rung"),
         rows=tuple(rows),
-        notes=(*notes, *_verdicts(network, scores)),
+        notes=tuple(notes),
     )
 
 
-def _verdicts(network: str, scores: Scores) -> list[str]:
-    verdicts = []
+def bars_of(network: str, scores: Scores) -> list[Bar]:
+    """What is released for each engine, the mean of the seeds, held to the bars of ``network``."""
+    bars = []
     for (name, engine), (agreement, sqnr, lost) in BARS.items():
         found = [score for key, score in scores.items() if key[:2] == (engine, RELEASED)]
         if name != network or not found:
             continue
-        bars = []
+        held = f"{network}, {engine}, released, {len(found)} seeds"
         if agreement is not None and sqnr is not None:
-            bars.append(_bar("agreement", [100 * s.agreement for s in found], 100 * agreement, "%"))
-            bars.append(_bar("SQNR", [s.sqnr_db for s in found], sqnr, "dB"))
+            shares = [100 * score.agreement for score in found]
+            bars.append(_bar(f"{held}: agreement", shares, 100 * agreement, " %"))
+            bars.append(_bar(f"{held}: SQNR", [s.sqnr_db for s in found], sqnr, " dB"))
         if lost is not None:
-            losses = [-100 * s.lost for s in found]
-            bars.append(_bar("accuracy", losses, -100 * lost, "points"))
-        verdicts.append(f"{engine}, as released, {len(found)} seeds: {'; '.join(bars)}.")
-    return verdicts
+            gains = [-100 * score.lost for score in found]
+            bars.append(_bar(f"{held}: accuracy gained", gains, -100 * lost, " points"))
+    return bars
 
 
-def _bar(what: str, values: Sequence[float], bar: float, unit: str) -> str:
+def _bar(what: str, values: Sequence[float], bar: float, unit: str) -> Bar:
     """The mean of ``values``, their extremes, and whether the mean reaches ``bar``."""
-    mean, ends = np.mean(values), f"{min(values):.2f} to {max(values):.2f}"
-    held = "holds" if mean >= bar - 1e-9 else "does not hold"
-    return f"{what} {mean:.2f} {unit} ({ends}), the bar of {bar:g} {held}"
+    mean = float(np.mean(values))
+    return Bar(
+        what=what,
+        bar=f"at least {bar:g}{unit}",
+        value=f"{mean:.2f}{unit} ({min(values):.2f} to {max(values):.2f})",
+        holds=mean >= bar - 1e-9,
+    )
 
 
 def _wrong(case: Case, judge: Judge, *, quick: bool) -> tuple[Table, dict[str, object]]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import dann, dann_step, harness, training
+from benchmarks import adaptation, dann, dann_step, harness, training
 from benchmarks.dann_step import Form
 from benchmarks.training import Speeds
 from tests.tiny_training import CPU, pictures
@@ -194,3 +194,16 @@ def test_gains_of_adaptation_are_taken_seed_by_seed_and_held_to_the_bars() -> No
         (f"{small}, DANN: mean gain in points", "7.00", False),
         (f"{small}, CDAN: mean gain in points", "20.0", True),
     ]
+
+
+@pytest.mark.parametrize(
+    ("values", "at_most", "holds"),
+    [((0.9, 0.7), False, True), ((0.9, 0.69), False, False), ((0.9, 0.69), True, True)],
+)
+def test_the_mean_of_the_seeds_is_held_to_the_bar(
+    values: tuple[float, ...], at_most: bool, holds: bool
+) -> None:
+    bar = adaptation._bar("what", 0.8, 0.85, values, at_most=at_most)
+    assert bar.holds is holds
+    assert bar.bar == f"{'at most' if at_most else 'at least'} 0.8, goal 0.85"
+    assert bar.value.endswith(f"({min(values):.3f} to {max(values):.3f})")
