@@ -49,8 +49,8 @@ PUBLISHED = (
     ),
     Published(
         "searched network of 1.85 M parameters, distilled", "accuracy 91.74 %",
-        "ELPV, online augmentation, its network found on the same images",
-        "as a mark: another draw of test images, and a search beside the training",
+        "ELPV, online augmentation",
+        "as a mark: other test images, and a search for the network beside the training",
         "Zhang et al., Applied Energy 355 (2024), arXiv:2302.07455",
     ),
     Published(
