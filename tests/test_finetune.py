@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from runtime.errors import RecipeError
-from runtime.recipe import AdversarialSettings, Augmentation, TrainSettings
-from tests.tiny_training import CPU, FREEZE, Seen, groups, network, pictures, train
+from runtime.recipe import AdversarialSettings, Augmentation, ModelSettings, TrainSettings
+from tests.tiny_training import CPU, FREEZE, SPEC, Seen, groups, network, pictures, train
 from train.adversarial import make_objective
 from train.batches import Pictures, Shared, Steps, load, move, to_batch, variants
 from train.finetune import History, plan_course
-from train.model import ImageClassifier
+from train.model import ImageClassifier, build_model
 from train.objective import SOURCE, Objective, TaskLoss
 from train.optimize import rate_at
 from train.resume import State
@@ -347,9 +347,15 @@ def test_without_a_compiler_training_goes_on_and_says_so(
 ) -> None:
     from torch._inductor import config
 
+    def loss(_: ImageClassifier) -> TaskLoss:
+        torch.manual_seed(0)
+        settings = ModelSettings(architecture="test_resnet", weights="random")
+        return TaskLoss(build_model(settings, SPEC, 2))
+
     monkeypatch.setattr(config.cpp, "cxx", ("/no/such/compiler",))
-    plain, _ = train(tmp_path / "plain")
-    other, history = train(tmp_path / "other", settings={"compile": True})
+    plain, _ = train(tmp_path / "plain", make=loss, settings={"freeze": ()})
+    settings: dict[str, Any] = {"freeze": (), "compile": True}
+    other, history = train(tmp_path / "other", make=loss, settings=settings)
     assert any("compile: going on without" in note for note in history.notes), history.notes
     for name, tensor in other.state_dict().items():
         assert torch.equal(tensor, plain.state_dict()[name]), name

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from runtime.recipe import Strategy, load_recipe
+from train import plots
 from train.__main__ import main as train
 from train.checkpoint import read_checkpoint
 from train.record import Rung, Training
@@ -88,21 +89,27 @@ def domains(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def climb(domains: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Climb:
-    """Run the command in ``tmp_path`` with these lines of ``[data]``; the record it leaves."""
+    """Run the command in ``tmp_path`` with these lines of ``[data]``; the record it leaves.
+
+    Pictures are drawn if asked for: they take as long as some rungs.
+    """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "build").mkdir()
     (tmp_path / "build" / "cache").symlink_to(domains / "cache")
 
     def run(
         data: str, strategy: str = "auto", *, name: str = "t", has_source: bool = True,
-        source: str = "", change: tuple[str, str] = ("", ""),
+        source: str = "", change: tuple[str, str] = ("", ""), drawn: bool = False,
     ) -> Training:  # fmt: skip
         if has_source:
             data = f'source = "{domains / "source"}"\n{data}'
         text = RECIPE.format(name=name, data=data, strategy=strategy, source=source)
         text = text.replace(*change) if change[0] else text
         (tmp_path / f"{name}.toml").write_text(text)
-        assert train([str(tmp_path / f"{name}.toml")]) == 0
+        with monkeypatch.context() as patch:
+            for picture in () if drawn else ("write_ladder", "write_robustness", "write_curves"):
+                patch.setattr(plots, picture, lambda *_, **__: None)
+            assert train([str(tmp_path / f"{name}.toml")]) == 0
         path = tmp_path / "build" / name / "train" / "training.json"
         return msgspec.json.decode(path.read_bytes(), type=Training)
 
@@ -130,7 +137,7 @@ def listed(folder: Path, target: Path, labels: str) -> str:
 def test_a_real_shift_is_adapted_to_and_the_record_says_how(
     domains: Path, tmp_path: Path, climb: Climb
 ) -> None:
-    training = climb(f'target = "{domains / "field"}"')
+    training = climb(f'target = "{domains / "field"}"', drawn=True)
     folder = tmp_path / "build" / "t" / "train"
     first, kept = training.rungs[0], next(rung for rung in training.rungs if rung.kept)
     assert first.name == "as is"
