@@ -21,7 +21,10 @@ from runtime.errors import FieldfitError
 from runtime.verbs.options import positive
 
 BUNDLE = Path("build") / "solar" / "bundle"
-OF_A_BUNDLE = "calibration", "drift", "inference", "openvino", "quantization", "serving", "soak"
+OF_A_BUNDLE = (
+    "calibration", "coldstart", "device", "drift", "end_to_end", "inference", "openvino",
+    "quantization", "scaling", "serving", "soak",
+)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
