@@ -96,7 +96,7 @@ def _report(words: list[str]) -> int:
         page = _write_report(options.recipe)
         print(page)
         if options.open:
-            _open(page)
+            show_page(page)
         return 0
 
     return run_command("export", run)
@@ -114,8 +114,8 @@ def _write_report(recipe: Path) -> Path:
     return page
 
 
-def _open(page: Path) -> None:
-    """Show it, or say where it is: a machine may have no browser."""
+def show_page(page: Path) -> None:
+    """Open it in a browser, or say where it is: a machine may have no browser."""
     import webbrowser
 
     from train import console

@@ -55,8 +55,8 @@ def read_facts(file: Path) -> Facts:
     recipe = load_recipe(file)
     build, calibration = recipe.build, recipe.build / "calibration"
     dataset = read_dataset(build / "train" / "images.json")
-    training = _needed(build / "train" / "training.json", Training)
-    release = _needed(build / RELEASE, Release)
+    training = _needed(build / "train" / "training.json", Training, made_by="train")
+    release = _needed(build / RELEASE, Release, made_by="export")
     answers = read_answers(build / ANSWERS, dataset)
     if difference := _difference(release, training, dataset, answers):
         raise ExportError(f"{build / RELEASE}: {difference}; run `make export` again")
@@ -98,10 +98,10 @@ def _manifest(build: Path) -> Manifest | None:
     return decode((bundle / MANIFEST).read_bytes())
 
 
-def _needed(path: Path, kind: type[T]) -> T:
+def _needed(path: Path, kind: type[T], *, made_by: str) -> T:
     found = _decoded(path, kind)
     if found is None:
-        raise ExportError(f"{path}: not there; run `make export` first")
+        raise ExportError(f"{path}: not there; run `make {made_by}` first")
     return found
 
 

@@ -7,11 +7,8 @@ import base64
 import hashlib
 import io
 import re
-from pathlib import Path
 
 import matplotlib as mpl
-import numpy as np
-import numpy.typing as npt
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
 from PIL import Image
@@ -45,7 +42,7 @@ def svg(figure: Figure, alt: str) -> Markup:
     """``figure`` as inline SVG; ``alt`` says in words what is to be seen in it."""
     file = io.StringIO()
     # Ids are names within the page: of two drawings they must differ, of two reports they need not.
-    salt = hashlib.sha256(alt.encode()).hexdigest()
+    salt = f"drawing-{hashlib.sha256(alt.encode()).hexdigest()[:8]}"
     # Text as outlines: it keeps the width that the layout was made for, whatever fonts there are.
     with plots.style(), mpl.rc_context({"svg.fonttype": "path", "svg.hashsalt": salt}):
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
@@ -53,6 +50,7 @@ def svg(figure: Figure, alt: str) -> Markup:
     drawing = drawing[drawing.index("<svg ") :]
     drawing = _COLOUR.sub(lambda found: COLOURS[found[0].upper()], drawing)
     drawing = re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"', r"<svg \1", drawing, count=1)
+    drawing = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{salt}-", drawing)
     head = f'<svg role="img" aria-label="{escape(alt)}" '
     return Markup('<div class="drawing">{}</div>').format(Markup(head + drawing[5:]))
 
@@ -70,12 +68,3 @@ def photo(image: ImageLike, alt: str, *, side: int = SIDE) -> Markup:
     return Markup('<img decoding="async" alt="{}" src="data:image/jpeg;base64,{}">').format(
         alt, data
     )
-
-
-Levels = npt.NDArray[np.uint8]
-"""An image as the model sees it: uint8 ``[H, W, C]``."""
-
-
-def seen(path: Path) -> bool:
-    """Whether the image is still where it was."""
-    return path.is_file()

@@ -75,7 +75,7 @@ def abstains(release: Release) -> str | None:
         return None
     silent = _range([1 - one.coverage for one in tested])
     return (
-        f"On the test images, over all forms, it abstains from {silent}, and {_range(errors)} of "
+        f"On the test images, over all forms, it abstains on {silent}, and {_range(errors)} of "
         "the answers that it gives are wrong"
     )
 
