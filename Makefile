@@ -3,7 +3,7 @@
 
 PYTHON ?= python3
 RECIPE ?= train/recipes/solar.toml
-JOBS ?= 2
+JOBS ?= 4
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -51,8 +51,8 @@ report: $(READY)  ## show the page that explains the last export of RECIPE
 run: $(READY)  ## classify a few held-out field images with the bundle
 	@$(BIN)/python -m export "$(RECIPE)" --run
 
-test: $(READY)  ## run all tests, JOBS at a time
-	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+test: $(READY)  ## run all tests, JOBS at a time (4 suit two cores)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test-arm64: $(READY)  ## replay a bundle on emulated aarch64 (Debian as root; minutes at first)
 	@$(BIN)/python -m tests.arm64 --install $(ARM64) || test $$? -eq 77
