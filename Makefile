@@ -1,5 +1,5 @@
 # One word per job. `make` alone explains them. Settings live in the recipe, not here.
-.PHONY: help setup train calibration export report run test test-arm64 docs check format lock bench bench-quality clean
+.PHONY: help setup train calibration export report run test test-arm64 docs check format lock bench bench-peers bench-quality clean
 
 PYTHON ?= python3
 RECIPE ?= train/recipes/solar.toml
@@ -8,6 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 LOCK := requirements/workstation.txt
+PEERS := build/peers
 
 help:  ## explain the targets
 	@echo "fieldfit: adapt a classifier to field images, prove it, run it on devices"
@@ -70,11 +71,19 @@ format: $(READY)  ## format the code
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: $(READY)  ## measure speed as paired ratios and write benchmarks/results
-	@$(BIN)/python -m benchmarks.run
+bench: $(READY)  ## measure side by side and write benchmarks/results; ARGS=--quick shows it in minutes
+	@$(BIN)/python -m benchmarks.run $(ARGS)
 
-bench-quality: $(READY)  ## train every label budget with three seeds, and DANN on digits (about an hour)
-	@$(BIN)/python -m benchmarks.run adaptation dann
+bench-peers: $(READY)  ## install what bench compares with, if wanted, into build/peers (about 6 GB)
+	@test -x $(PEERS)/bin/python || $(BIN)/python -m venv $(PEERS)
+	@if test -x $(BIN)/uv; then \
+	    $(BIN)/uv pip install --quiet --python $(PEERS)/bin/python -r requirements/peers.txt; \
+	else \
+	    $(PEERS)/bin/python -m pip install --quiet -r requirements/peers.txt; \
+	fi
+
+bench-quality: $(READY)  ## measure quality: label budgets, DANN on digits, INT8 beside its peers (hours)
+	@$(BIN)/python -m benchmarks.run adaptation dann quantization quality $(ARGS)
 
 lock: $(READY)  ## renew the pinned, hashed requirements
 	@$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --upgrade \

@@ -1,24 +1,27 @@
 """OpenVINO against onnxruntime on the CPU: speed of each form, answers, and what opening costs.
 
-It needs ``pip install openvino``. Both run behind the seam of the runtime's engines; what came of
-it is weighed in docs/decisions/0009-no-openvino.md.
+It runs where OpenVINO is, here or in the peers' environment. Both run behind the seam of the
+runtime's engines; what came of it is weighed in docs/decisions/0009-no-openvino.md.
 """
 
 import functools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks import peers
 from benchmarks.harness import Options, Report, Spread, Table, interleave, ratio, spread
 from benchmarks.openvino_engine import OpenVinoEngine
 from runtime.bundle import Bundle
 from runtime.engines.engine import Engine
 from runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
-from runtime.errors import BundleError
+from runtime.errors import BundleError, EngineError
 from runtime.selftest import replay
 
 UInt8 = npt.NDArray[np.uint8]
@@ -57,6 +60,23 @@ def measure(options: Options) -> Report:
     """
     if not options.bundle.exists():
         raise BundleError(f"{options.bundle}: no bundle there; run make train export first")
+    python = peers.python_with("openvino")
+    if python is None:
+        raise EngineError(f"openvino is not installed: {peers.WAY_OUT}")
+    return _measure(options) if python == sys.executable else _elsewhere(python, options)
+
+
+def _elsewhere(python: str, options: Options) -> Report:
+    """Have the Python of another environment measure the same."""
+    quick = ["--quick"] if options.quick else []
+    done = subprocess.run(
+        [python, "-m", "benchmarks.openvino", str(options.bundle), *quick],
+        stdout=subprocess.PIPE, check=True, env={**os.environ, "PYTHONPATH": str(peers.ROOT)},
+    )  # fmt: skip
+    return msgspec.json.decode(done.stdout, type=Report)
+
+
+def _measure(options: Options) -> Report:
     bundle = Bundle.open(options.bundle)
     seconds = 1.0 if options.quick else 20.0
     speeds, timings = _speeds(bundle, seconds)
@@ -155,3 +175,9 @@ def _opening(path: Path, rounds: int) -> tuple[Table, object]:
         rows=tuple((library, *map(str, spreads)) for library, spreads in costs.items()),
     )
     return table, costs
+
+
+if __name__ == "__main__":
+    bundle, *rest = sys.argv[1:]
+    report = _measure(Options(bundle=Path(bundle), quick="--quick" in rest))
+    sys.stdout.buffer.write(msgspec.json.encode(report))
