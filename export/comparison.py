@@ -214,7 +214,7 @@ def hold(of: str, measure: Measure, one: Value, other: Value) -> Line:
     if one.interval is not None and other.interval is not None:
         line = line._replace(intervals=(one.interval, other.interval))
     if line.one == line.other:
-        return line._replace(reason=EQUAL)
+        return line._replace(change="", reason=EQUAL)
     if measure.direction == 0:
         return line
     ahead: Better = "B" if (other.value - one.value) * measure.direction > 0 else "A"
