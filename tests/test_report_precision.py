@@ -50,6 +50,12 @@ def layer(name: str, *, error: float, compute: float = 0.1, sqnr: float = 20.0) 
     )
 
 
+@pytest.fixture
+def facts(quick: Path, monkeypatch: pytest.MonkeyPatch) -> Facts:
+    monkeypatch.chdir(quick)
+    return read_facts(QUICK)
+
+
 TABLE = table({"a": (0.0, 0.0), "b": (0.02, 0.0), "c": (0.01, 0.05), "d": (0.0, 0.001)})
 
 
@@ -98,6 +104,20 @@ def test_what_stayed_float_is_accounted_for() -> None:
     assert "2% of the multiplications" in words
     assert precision.account(layers, ()) == "All 2 layers are INT8."
     assert precision.account([], {"a"}) == ""
+
+
+def test_the_lead_names_what_ships_and_the_smallest_and_fastest_of_it(facts: Facts) -> None:
+    sizes = {"fp32": (900, 1.0), "int8": (300, None), "int8-cpu": (450, 1.9), "fp16": (100, None)}
+    forms = tuple(
+        replace(facts.release.forms[0], form=form, bytes=size, relative_speed=speed,
+                released=form != "fp16")
+        for form, (size, speed) in sizes.items()
+    )  # fmt: skip
+    assert precision.lead(replace(facts.release, forms=forms)) == (
+        "fp32, int8 and int8-cpu ship; int8 is 3.0 times smaller than fp32; "
+        "int8-cpu is 1.9 times as fast on one CPU thread."
+    )
+    assert precision.lead(replace(facts.release, forms=forms[:1])) == "fp32 ships."
 
 
 def proof(**fields: object) -> EngineProof:
@@ -174,12 +194,6 @@ def test_the_curve_has_the_threshold_that_was_chosen_and_a_mark_for_each_form() 
     labels = [[line.get_label() for line in panel.get_lines()] for panel in (two, none)]
     assert "chosen: abstains below 0.800" in labels[0]
     assert not any(str(label).startswith("chosen") for label in labels[1])
-
-
-@pytest.fixture
-def facts(quick: Path, monkeypatch: pytest.MonkeyPatch) -> Facts:
-    monkeypatch.chdir(quick)
-    return read_facts(QUICK)
 
 
 def test_every_calibration_image_is_shown_with_its_reason(facts: Facts) -> None:

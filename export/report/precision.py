@@ -51,8 +51,6 @@ class Climb(NamedTuple):
 
     report: FormReport
     steps: tuple[Step, ...]
-    float_layers: int
-    """Left float in the last step."""
     account: str
     layers: tuple[LayerSensitivity, ...]
     drawing: Markup
@@ -102,7 +100,8 @@ def lead(release: Release) -> str:
     shipped = [row for row in rows(release) if row.released]
     smallest = min(shipped, key=lambda row: row.bytes)
     fastest = max(shipped, key=lambda row: row.speed or 0.0)
-    sentence = f"{', '.join(row.form for row in shipped)} ship"
+    *others, last = [row.form for row in shipped]
+    sentence = f"{', '.join(others)} and {last} ship" if others else f"{last} ships"
     if smallest.share < 1:
         sentence += f"; {smallest.form} is {1 / smallest.share:.1f} times smaller than fp32"
     if fastest.speed is not None and fastest.speed > 1:
@@ -163,7 +162,6 @@ def _climb(report: FormReport, layers: tuple[LayerSensitivity, ...]) -> Climb:
             )
             for attempt in report.attempts
         ),
-        float_layers=len(kept),
         account=account(layers, kept),
         layers=layers,
         drawing=svg(draw_sensitivity(shown, kept), f"{report.form}: {describe(layers, DRAWN)}")
