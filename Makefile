@@ -77,9 +77,10 @@ bench: $(READY)  ## measure side by side and write benchmarks/results; ARGS=--qu
 bench-peers: $(READY)  ## install what bench compares with, if wanted, into build/peers (about 6 GB)
 	@test -x $(PEERS)/bin/python || $(BIN)/python -m venv $(PEERS)
 	@if test -x $(BIN)/uv; then \
-	    $(BIN)/uv pip install --quiet --python $(PEERS)/bin/python -r requirements/peers.txt; \
+	    $(BIN)/uv pip install --quiet --python $(PEERS)/bin/python --require-hashes \
+	        -r requirements/peers.txt; \
 	else \
-	    $(PEERS)/bin/python -m pip install --quiet -r requirements/peers.txt; \
+	    $(PEERS)/bin/python -m pip install --quiet --require-hashes -r requirements/peers.txt; \
 	fi
 
 bench-quality: $(READY)  ## measure quality: label budgets, DANN on digits, INT8 beside its peers (hours)
@@ -88,6 +89,9 @@ bench-quality: $(READY)  ## measure quality: label budgets, DANN on digits, INT8
 lock: $(READY)  ## renew the pinned, hashed requirements
 	@$(BIN)/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 --upgrade \
 	    --generate-hashes --no-emit-index-url --no-annotate --no-header -q -o $(LOCK)
+	@$(BIN)/uv pip compile requirements/peers.in --universal \
+	    --python-version 3.11 --upgrade \
+	    --generate-hashes --no-emit-index-url --no-annotate --no-header -q -o requirements/peers.txt
 	@$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.10 --upgrade \
 	    --fork-strategy requires-python \
 	    --generate-hashes --no-emit-index-url --no-annotate --no-header -q -o requirements/device.txt

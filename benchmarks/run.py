@@ -117,7 +117,7 @@ def _measure(name: str, module: ModuleType, options: argparse.Namespace) -> None
     print(harness.markdown(record), flush=True)
     if not options.quick:
         paths = harness.write(record, page=getattr(module, "PAGE", None))
-        for path in (*paths, summary.write()):
+        for path in (*paths, *summary.write(find())):
             _say(f"wrote {path}")
 
 

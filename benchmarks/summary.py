@@ -5,6 +5,7 @@ It measures nothing and judges nothing: whether a bar holds was decided when it 
 
 import importlib
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,10 @@ from benchmarks.harness import RESULTS, Record, Table, bar_cells, grid
 from runtime import atomic
 
 PAGE = "README.md"
+INDEX = RESULTS.parent / "README.md"
+PLACE = re.compile(
+    r"(<!-- begin generated: benchmarks ([a-z0-9_ ]+) -->)\n.*?(<!-- end generated -->)", re.DOTALL
+)
 
 GENERATED = "<!-- Generated from the JSON files beside it by `make docs` and every benchmark. -->"
 
@@ -25,10 +30,31 @@ def records(folder: Path = RESULTS) -> list[Record]:
     return [msgspec.json.decode(path.read_bytes(), type=Record) for path in paths]
 
 
-def write(folder: Path = RESULTS) -> Path:
-    """Write the page of bars to ``folder`` and return its path."""
-    atomic.write_text(folder / PAGE, page(records(folder)))
-    return folder / PAGE
+def write(modules: Mapping[str, ModuleType]) -> list[Path]:
+    """Write the page of bars, and the index of ``modules``; return their paths."""
+    pages = {
+        RESULTS / PAGE: page(records()),
+        INDEX: fill(INDEX.read_text(encoding="utf-8"), modules),
+    }
+    for path, text in pages.items():
+        atomic.write_text(path, text)
+    return list(pages)
+
+
+def fill(text: str, modules: Mapping[str, ModuleType] | None = None) -> str:
+    """``text`` with its marked places filled anew.
+
+    A place is between ``<!-- begin generated: benchmarks WHAT -->`` and ``<!-- end generated -->``;
+    ``WHAT`` is ``index``, or a benchmark and the number of its table from 1, ``inference 1``.
+    """
+
+    def filled(place: re.Match[str]) -> str:
+        begin, what, end = place.groups()
+        name, _, number = what.partition(" ")
+        found = index(modules or {}, records()) if name == "index" else table(name, int(number))
+        return f"{begin}\n{found}\n{end}"
+
+    return PLACE.sub(filled, text)
 
 
 def page(found: Iterable[Record]) -> str:
@@ -65,7 +91,7 @@ def index(modules: Mapping[str, ModuleType], found: Iterable[Record]) -> str:
         (
             f"[{name}]({_page_of(recorded[name], RESULTS.parent)})" if name in recorded else name,
             first_line(module),
-            "by name" if getattr(module, "LONG", False) else "always",
+            "by name" if getattr(module, "LONG", False) else "by default",
             recorded[name].date if name in recorded else "not recorded",
         )
         for name, module in modules.items()

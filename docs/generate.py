@@ -22,6 +22,8 @@ from unittest import mock
 import msgspec
 import tomllib
 
+from benchmarks import summary
+from benchmarks.run import find
 from export import table
 from export.release import Release
 from runtime import choose, diagnosis, machine, manifest, preprocess, recipe
@@ -157,8 +159,8 @@ def readme() -> str:
     ]
     text = (DOCS.parent / "README.md").read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + after
+    _, _, after = rest.partition(END)
+    return summary.fill(before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + after)
 
 
 ROOMS = {
@@ -255,6 +257,8 @@ PAGES = {
     "docs/degradations.md": degradations_page,
     "docs/rooms.svg": rooms_picture,
     "README.md": readme,
+    "benchmarks/README.md": lambda: summary.fill(summary.INDEX.read_text(encoding="utf-8"), find()),
+    "benchmarks/results/README.md": lambda: summary.page(summary.records()),
 }
 
 

@@ -6,6 +6,7 @@ No test here measures time: what a figure is on a given day is not a matter of r
 import contextlib
 import functools
 import json
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import onnx
 import pytest
 from PIL import Image
 
-from benchmarks import calibration, cases, dann, harness, quality, quantization
+from benchmarks import calibration, cases, dann, harness, quality, quantization, run, summary
 from benchmarks.harness import Clocks, Record, Report, Spread, Table
 from benchmarks.run import find, main
 from runtime.dataset import Dataset
@@ -119,6 +120,131 @@ def test_markdown() -> None:
         "Note.\n\nMore.\n\n"
         "Made by `python -m benchmarks.run example` on 2026-01-02. processor slow; python 3.x.\n"
     )
+
+
+def test_bars_are_judged_by_the_median_and_stand_under_the_tables() -> None:
+    fast = harness.at_most("start", Spread(1.2, 1.1, 9.0), 1.3, " times")
+    slow = harness.at_least("speed", 1.99, 2.0)
+    report = msgspec.structs.replace(RECORD.report, bars=(fast, slow))
+
+    page = harness.markdown(msgspec.structs.replace(RECORD, report=report))
+
+    assert (fast.holds, slow.holds) == (True, False)
+    assert (
+        "## Bars\n\n| bar | asked | measured | verdict |\n| --- | --- | ---: | --- |\n"
+        "| start | at most 1.3 times | 1.20 (1.10 to 9.00) times | holds |\n"
+        "| speed | at least 2 | 1.99 | **does not hold** |\n"
+    ) in page
+
+
+def test_what_was_just_reached_holds() -> None:
+    assert harness.at_most("packages", 6, 6) == harness.Bar("packages", "at most 6", "6", True)
+    assert harness.at_least("share", 0.99, 0.99).holds
+
+
+def test_those_that_measure_themselves_take_turns_too() -> None:
+    shop = Workshop()
+    turns = {
+        name: lambda name=name: (shop.work(name, 0.0, 1.0)(), harness.Seconds(1.0, 2.0))[1]
+        for name in "AB"
+    }
+
+    times = harness.take_turns(turns, seconds=3.0, least=1, wall=shop.wall)
+
+    assert shop.order == "ABAB"  # rounds of 2 s, begun at 0 and 2 s
+    assert times["B"] == harness.Times(cpu=[1.0] * 2, wall=[2.0] * 2)
+
+
+def test_one_page_shows_every_bar_and_who_has_none() -> None:
+    bars = (harness.at_most("start", 1.5, 1.3), harness.at_most("memory", 1.0, 1.3))
+    inference = msgspec.structs.replace(
+        RECORD, name="inference", report=msgspec.structs.replace(RECORD.report, bars=bars)
+    )
+    gpu = msgspec.structs.replace(RECORD, name="gpu")
+
+    page = summary.page([gpu, inference])
+
+    assert "1 of 2 bars hold." in page
+    command = f"[`{RECORD.command}`](inference.md)"
+    assert f"| start | at most 1.3 | 1.50 | **does not hold** | {command} | 2026-01-02 |" in page
+    assert page.endswith("Recorded without a bar that a program can read: [gpu](../gpu.md).\n")
+
+
+def test_the_index_names_all_that_is_found_and_when_it_was_recorded() -> None:
+    lines = summary.index(find(), [msgspec.structs.replace(RECORD, name="inference")]).splitlines()
+
+    assert len(lines) == 2 + len(find())
+    (recorded,) = (line for line in lines if line.startswith("| [inference](results/inference.md)"))
+    assert recorded.endswith("| by default | 2026-01-02 |")
+    (named,) = (line for line in lines if line.startswith("| dann |"))
+    assert named.endswith("| by name | not recorded |")
+
+
+def test_a_table_is_quoted_with_where_it_comes_from(tmp_path: Path) -> None:
+    harness.write(RECORD, tmp_path)
+
+    assert summary.table("example", 1, tmp_path) == (
+        "| a | b/c |\n| --- | ---: |\n| x | 1 |\n\n"
+        "*One; slow, 2026-01-02; made by `python -m benchmarks.run example`.*"
+    )
+
+
+def test_marked_places_are_filled_anew_and_the_rest_stays() -> None:
+    begin, end = "<!-- begin generated: benchmarks {} -->", "<!-- end generated -->"
+    other = f"<!-- begin generated: make docs -->\nstays\n{end}"
+    text = f"Before.\n{begin.format('index')}\nold\nold\n{end}\n{other}\n"
+
+    filled = summary.fill(text, find())
+
+    index = summary.index(find(), summary.records())
+    assert filled == f"Before.\n{begin.format('index')}\n{index}\n{end}\n{other}\n"
+    assert summary.fill(filled, find()) == filled
+    quoted = summary.fill(f"{begin.format('inference 1')}\n{end}")
+    assert summary.table("inference", 1) in quoted
+
+
+def test_the_pages_of_benchmarks_are_fresh() -> None:
+    text = (harness.RESULTS / summary.PAGE).read_text(encoding="utf-8")
+    assert text == summary.page(summary.records()), "run make docs"
+    text = summary.INDEX.read_text(encoding="utf-8")
+    assert text == summary.fill(text, find()), "run make docs"
+
+
+def _fake(end: Exception | None) -> types.ModuleType:
+    def measure(options: harness.Options) -> Report:
+        if end is not None:
+            raise end
+        return RECORD.report
+
+    module = types.ModuleType("fake", "A benchmark of a test.")
+    module.measure = measure  # type: ignore[attr-defined]
+    return module
+
+
+@pytest.mark.parametrize(
+    ("ends", "code", "words"),
+    [
+        ([DataError("no images"), None], 0, ["one was not measured: no images", "1 of 2 measured"]),
+        ([DataError("no images"), EngineError("no engine")], 1, ["0 of 2 measured"]),
+        ([ZeroDivisionError("oh"), None], 1, ["a bug, ZeroDivisionError: oh", "1 of 2 measured"]),
+    ],
+)
+def test_what_cannot_run_does_not_keep_the_others_from_running(
+    ends: list[Exception | None],
+    code: int,
+    words: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    modules = {name: _fake(end) for name, end in zip(("one", "two"), ends, strict=True)}
+    monkeypatch.setattr(run, "find", lambda: modules)
+
+    assert run.main(["--quick"]) == code
+
+    shown = capsys.readouterr()
+    assert shown.out.count("# Example") == ends.count(None)
+    assert all(word in shown.err for word in words)
+    assert ("Traceback" in shown.err) == any(isinstance(e, ZeroDivisionError) for e in ends)
 
 
 def test_written_files_hold_the_same_figures(tmp_path: Path) -> None:
