@@ -2,7 +2,7 @@
 
 Leaves ``build/NAME/bundle/``, ``NAME-VERSION.zip``, ``release.json``, ``report.html`` and
 ``samples/``. ``python -m export gate BUNDLE`` judges a bundle again, from it and the images alone;
-``report`` writes the page about the last export again. ``publish``,
+``report`` writes the page about the last export again, ``compare`` shows two bundles. ``publish``,
 ``promote``, ``rollback``, ``refresh`` and ``keys`` bring bundles to devices.
 """
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 GATE = "gate"
 REPORTING = "report"
+COMPARE = "compare"
 KEYS = "keys"
 PUBLISHING = ("publish", "promote", "rollback", "refresh", KEYS)
 
@@ -35,17 +36,20 @@ def main(argv: list[str] | None = None) -> int:
         return _gate(words[1:])
     if words[:1] == [REPORTING]:
         return _report(words[1:])
+    if words[:1] == [COMPARE]:
+        return _compare(words[1:])
     if words and words[0] in PUBLISHING:
         return _publishing(words[0], words[1:])
     parser = argparse.ArgumentParser(
         prog="python -m export",
         description="Export a trained model to ONNX, FP16 and INT8, judge each form on held-out "
         "field images against the checkpoint, build TensorRT engines to prove that they build, "
-        "and write what passed as a bundle. If no INT8 form that was asked for passes on an "
-        "engine, the exit code is 1 and an earlier bundle stays as it was.",
-        epilog="Examples: python -m export train/recipes/solar.toml; judge a bundle again: python "
-        "-m export gate build/solar/bundle; bring it to devices: python -m export "
-        "keys|publish|promote|rollback|refresh --help",
+        "write what passed as a bundle, and a report on all of it. If no INT8 form that was asked "
+        "for passes on an engine, the exit code is 1 and an earlier bundle stays as it was.",
+        epilog="Examples: python -m export train/recipes/solar.toml; show its report again: python "
+        "-m export report train/recipes/solar.toml; judge a bundle again: python -m export gate "
+        "build/solar/bundle; two side by side: python -m export compare A B; bring one to devices: "
+        "python -m export keys|publish|promote|rollback|refresh --help",
     )
     parser.add_argument("recipe", type=Path, help="the TOML file that was trained")
     parser.add_argument("--json", action="store_true", help="print release.json at the end")
@@ -122,6 +126,20 @@ def show_page(page: Path) -> None:
 
     if not webbrowser.open(page.resolve().as_uri()):
         console.say(f"no browser could be opened here; the report is {page}")
+
+
+def _compare(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m export {COMPARE}",
+        description="Show two releases side by side: every figure, which is better and whether "
+        "that is sure, here and as one page. Needs the bundles alone.",
+        epilog="Example: python -m export compare line3-0.1.0.zip build/line3/bundle",
+    )
+    from export.compare import add_arguments, run
+
+    add_arguments(parser)
+    options = parser.parse_args(words)
+    return run_command("export", lambda: run(options))
 
 
 def _publishing(verb: str, words: list[str]) -> int:
