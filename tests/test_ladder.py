@@ -254,7 +254,7 @@ def test_a_brought_model_is_adapted_without_source_images(
     domains: Path, tmp_path: Path, climb: Climb
 ) -> None:
     """LwF stands in for replay, and the record says what could not be measured."""
-    climb("", name="first")
+    climb("", "as-is", name="first")
     shutil.copy(tmp_path / "build/first/train/checkpoint.safetensors", tmp_path / "m.safetensors")
     training = climb(
         f'target = "{domains / "field"}"', name="second", has_source=False,
@@ -274,7 +274,8 @@ def test_a_brought_model_is_adapted_without_source_images(
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["lwf", "l2-sp"])
 def test_other_ways_against_forgetting(domains: Path, climb: Climb, way: str) -> None:
-    change = "[train.fine_tuning]", f'[train.fine_tuning]\nagainst_forgetting = "{way}"'
+    table = "[train.fine_tuning]\nepochs = "
+    change = f"{table}2", f'{table}1\nagainst_forgetting = "{way}"'
     training = climb(f'target = "{domains / "field"}"', "fine-tuning", change=change)
     rung = next(rung for rung in training.rungs if rung.rung == 2)
     assert rung.details.against_forgetting == way
@@ -287,9 +288,10 @@ def test_other_ways_against_forgetting(domains: Path, climb: Climb, way: str) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["dann", "cdan", "mcc"])
 def test_the_adversarial_rung_by_name(domains: Path, climb: Climb, method: str) -> None:
+    table = "[train.adversarial]\nepochs = "
     training = climb(
         f'target = "{domains / "field"}"\nlabels = 30', "adversarial",
-        change=("hidden = 16", f'hidden = 16\nmethod = "{method}"'),
+        change=(f"{table}2", f'{table}1\nmethod = "{method}"'),
     )  # fmt: skip
     rung = named(training, f"adversarial ({method})")
     assert rung.details.history is not None
