@@ -160,6 +160,7 @@ def report(
             "that the process held at once (VmHWM). fieldfit verifies the bundle and replays its "
             "golden samples in that time, the others check nothing. With an empty cache it also "
             "finds out which engine is fastest here.",
+            f"Versions: {peers.versions('onnxruntime', 'torch', 'timm', 'ultralytics')}.",
         ),
     )
     return Report(title="Cold start", tables=(table,), figures={"processes": figures})

@@ -286,6 +286,7 @@ def report(
         "quantize_static and NNCF are calibrated on the images that fieldfit chose, with what "
         "turns bytes into the first convolution's input left float. OpenVINO's defaults compute "
         "in bfloat16 where the processor can. torch.compile folds constants (freezing).",
+        f"Versions: {peers.versions('onnxruntime', 'torch', 'openvino', 'nncf')}.",
     )
     tables[0] = msgspec.structs.replace(tables[0], notes=notes)
     return Report(

@@ -43,6 +43,17 @@ def python_with(package: str) -> str | None:
     return None
 
 
+def versions(*packages: str) -> str:
+    """Those of ``packages`` that are installed, with their versions, wherever they are."""
+    code = "import importlib.metadata as m, sys; print(m.version(sys.argv[1]))"
+    pythons = {package: python_with(package) for package in packages}
+    return ", ".join(
+        f"{package} {subprocess.check_output([python, '-c', code, package], text=True).strip()}"
+        for package, python in pythons.items()
+        if python is not None
+    )
+
+
 class Process:
     """A module that answers JSON requests line by line; its first line says whether it could start.
 

@@ -90,6 +90,7 @@ def test_libraries_are_looked_for_here_and_then_in_the_peers_environment(
     assert peers.python_with("numpy") == sys.executable
     assert peers.python_with("only_there") == str(python)
     assert peers.python_with("nowhere_at_all") is None
+    assert peers.versions("numpy", "nowhere_at_all") == f"numpy {np.__version__}"
 
     monkeypatch.setenv(peers.VARIABLE, str(tmp_path / "no" / "python"))
     peers.python_with.cache_clear()
