@@ -345,7 +345,7 @@ def record(folder: Path) -> Training:
 
 @pytest.mark.slow
 def test_two_processes_climb_as_one(domains: Path, tmp_path: Path, climb: Climb) -> None:
-    alone = climb(f'target = "{domains / "field"}"', "fine-tuning")
+    alone = climb(f'target = "{domains / "field"}"\nlimit = 140', "fine-tuning")
     together = tmp_path / "together"
     (together / "build").mkdir(parents=True)
     shutil.copy(tmp_path / "t.toml", together)
@@ -369,7 +369,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(
     domains: Path, tmp_path: Path, climb: Climb
 ) -> None:
     """kill -9 after the fine-tuned network was finished, while the adversarial rung trains."""
-    data = f'target = "{domains / "field"}"'
+    data = f'target = "{domains / "field"}"\nlimit = 140'
     longer = "[train.adversarial]\nepochs = 2", "[train.adversarial]\nepochs = 3\npatience = 0"
     gap = "[train.similarity]", "[train.gate]\nstop_gap = 0.0\n[train.similarity]"
     # The field stays below the source: the ladder goes up to the last rung.
