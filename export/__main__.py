@@ -174,18 +174,19 @@ def _run(options: argparse.Namespace) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|timm|onnxscript)\.")
     release = export(recipe, allow_fp16_only=options.allow_fp16_only)
     show(release)
-    console.say(f"wrote {_write_report(options.recipe)}")
     if options.json:
         print(json.dumps(msgspec.to_builtins(release)))
-    missing = without_int8(release.forms)
-    if missing and not options.allow_fp16_only:
+    missing = () if options.allow_fp16_only else without_int8(release.forms)
+    if not missing:
+        bundle = recipe.build / "bundle"
+        console.say(f"wrote {bundle} and {recipe.build / release.archive}")
+    console.say(f"wrote {_write_report(options.recipe)}")
+    if missing:
         raise ExportError(
             f"{'; '.join(missing)}. No bundle was written, {recipe.build / 'release.json'} has "
             "every figure; calibrate on more images, take the form out of [export] forms, or say "
             "--allow-fp16-only"
         )
-    bundle = recipe.build / "bundle"
-    console.say(f"wrote {bundle} and {recipe.build / release.archive}")
     console.say(f"next: make run RECIPE={options.recipe}")
     return 0
 

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from export.__main__ import main
+from export.answers import ANSWERS, encode_answers, read_answers
 from export.release import RELEASE, FormReport, Release, encode_release
 from export.report import ladder, reproduce, retention, robustness, verdict
 from export.report.contents import sections
@@ -252,9 +253,26 @@ def test_a_model_that_was_not_adapted_is_compared_with_nothing(facts: Facts) -> 
     assert "→" not in verdict.tiles(alone)[0].value
     assert "<svg" not in str(robustness.make(alone))
     assert "“as is” stays" in ladder.make(alone).lead
+    release = msgspec.structs.replace(alone.release, field="source")
+    assert "no field images" in ladder.make(alone._replace(release=release)).lead
     section = retention.make(alone)
     assert section is not None
     assert "100.0% of the clean images" in section.lead
+
+
+def test_what_an_earlier_export_calibrated_is_not_shown_for_a_release_without_int8(
+    build: Path,
+) -> None:
+    release = msgspec.json.decode((build / RELEASE).read_bytes(), type=Release)
+    float_only = tuple(r for r in release.forms if not r.form.startswith("int8"))
+    answers = read_answers(build / ANSWERS, read_dataset(build / "train" / "images.json"))
+    logits = {f: a for f, a in answers.logits.items() if not f.startswith("int8")}
+    (build / ANSWERS).write_bytes(encode_answers(answers.labels, logits))
+    changed = msgspec.structs.replace(release, forms=float_only)
+    (build / RELEASE).write_bytes(encode_release(changed))
+    facts = read_facts(QUICK)
+    assert (facts.choice, facts.table, facts.sensitivities) == (None, None, {})
+    assert facts.manifest is None, "the bundle is of the other release"
 
 
 def test_without_source_images_there_is_nothing_to_retain(facts: Facts) -> None:

@@ -13,6 +13,7 @@ from calibration.images import Choice
 from calibration.sensitivity import SENSITIVITY, LayerSensitivity
 from calibration.table import Table, read_table
 from export.answers import ANSWERS, CHECKPOINT, Answers, read_answers
+from export.precision_ladder import EMITTERS
 from export.release import RELEASE, Release
 from runtime.bundle import MANIFEST
 from runtime.dataset import Dataset, read_dataset
@@ -53,23 +54,23 @@ def read_facts(file: Path) -> Facts:
     missing, damaged or of another training or export.
     """
     recipe = load_recipe(file)
-    build, calibration = recipe.build, recipe.build / "calibration"
+    build = recipe.build
     dataset = read_dataset(build / "train" / "images.json")
     training = _needed(build / "train" / "training.json", Training, made_by="train")
     release = _needed(build / RELEASE, Release, made_by="export")
     answers = read_answers(build / ANSWERS, dataset)
     if difference := _difference(release, training, dataset, answers):
         raise ExportError(f"{build / RELEASE}: {difference}; run `make export` again")
-    table = calibration / "table.json"
+    choice, table, sensitivities = _calibration(build / "calibration", release)
     return Facts(
         recipe=recipe,
         release=release,
         training=training,
         dataset=dataset,
         answers=answers,
-        choice=_decoded(calibration / "images.json", Choice),
-        table=read_table(table) if table.exists() else None,
-        sensitivities=_decoded(calibration / SENSITIVITY, Sensitivities) or {},
+        choice=choice,
+        table=table,
+        sensitivities=sensitivities,
         manifest=_manifest(build),
         file=file,
     )
@@ -87,6 +88,17 @@ def _difference(
     found = {form: agreement(said, logits) for form, logits in answers.logits.items()}
     told = {r.form: r.attempts[-1].quality.agreement for r in release.forms if r.released}
     return None if found == {CHECKPOINT: 1.0, **told} else f"of other answers than {ANSWERS} holds"
+
+
+def _calibration(
+    folder: Path, release: Release
+) -> tuple[Choice | None, Table | None, Sensitivities]:
+    """What INT8 was written from; a release without INT8 may find that of an earlier one there."""
+    path = folder / "table.json"
+    if not path.exists() or not any(report.form in EMITTERS for report in release.forms):
+        return None, None, {}
+    sensitivities = _decoded(folder / SENSITIVITY, Sensitivities) or {}
+    return _decoded(folder / "images.json", Choice), read_table(path), sensitivities
 
 
 def _manifest(build: Path) -> Manifest | None:

@@ -13,7 +13,7 @@ from export.report.figure import svg
 from export.report.page import Section, render
 from runtime.recipe import Metric
 from train import plots
-from train.gate import FLIPS
+from train.gate import FLIPS, Gain
 from train.record import Rung, Training
 from train.report import histories, ladder_steps, training_curves
 
@@ -38,18 +38,21 @@ def make(facts: Facts) -> Section:
     training, recipe = facts.training, facts.recipe
     steps = ladder_steps(training)
     kept = next(i for i, rung in enumerate(training.rungs) if rung.kept)
-    title = plots.ladder_title(steps[0], steps[kept], training.metric)
+    adapted = facts.release.field == "target"
+    lead = "Nothing was adapted: the recipe names no field images"
+    if adapted:
+        lead = plots.ladder_title(steps[0], steps[kept], training.metric)
     body = render(
         "ladder.html",
         training=training,
         recipe=recipe,
-        adapted=facts.release.field == "target",
+        adapted=adapted,
         rows=[_row(rung, training.metric) for rung in training.rungs],
         ladder=_draw_ladder(training),
         curves=_draw_curves(training),
         histories=histories(training),
     )
-    return Section("ladder", "Adaptation", f"{title[:1].upper()}{title[1:]}.", body)
+    return Section("ladder", "Adaptation", f"{lead}.", body)
 
 
 def _draw_ladder(training: Training) -> Markup:
@@ -80,12 +83,17 @@ def _row(rung: Rung, metric: Metric) -> Row:
         passed=rung.passed or rung.kept,
         field=_score(rung, "target", metric),
         source=_score(rung, "source", metric),
-        gain="–" if gain is None else f"{gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]",
+        gain="–" if gain is None else _gain(gain, metric),
         flips="–" if flips is None else f"{flips:.1%}",
         seconds=f"{rung.seconds:.0f} s",
         reason=rung.reason,
         notes=tuple(note for note in rung.details.notes if note not in rung.reason),
     )
+
+
+def _gain(gain: Gain, metric: Metric) -> str:
+    other = "" if gain.metric == metric else f" {gain.metric}"
+    return f"{gain.value:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}]{other}"
 
 
 def _score(rung: Rung, domain: str, metric: Metric) -> str:

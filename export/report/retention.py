@@ -34,7 +34,7 @@ def make(facts: Facts) -> Section | None:
         others=[w for w in similarity.warnings(models) if w not in similarity.warnings(shown)],
         rates=similarity.rate_rows(facts.dataset.classes, models),
     )
-    return Section("retention", "What was kept", _lead(*shown[-1]), body)
+    return Section("retention", "Retention and domain gap", _lead(*shown[-1]), body)
 
 
 def measured(training: Training) -> list[Model]:
