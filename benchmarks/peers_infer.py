@@ -7,7 +7,6 @@ settle, calls), which is answered with seconds, or for all logits (``answers``, 
 nothing of fieldfit unless it is fieldfit or runs its checkpoint.
 """
 
-import contextlib
 import json
 import os
 import shutil
@@ -184,33 +183,33 @@ def _timed(predict: Predict, images: UInt8, calls: int) -> tuple[float, float]:
 
 def main(name: str, given: str) -> None:
     """Answer requests until stdin ends."""
-    out = os.fdopen(os.dup(1), "w")  # libraries print to stdout
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # libraries print, not all of them from Python
 
     def say(answer: object) -> None:
         print(json.dumps(answer), file=out, flush=True)
 
     job: Job = json.loads(given)
-    with contextlib.redirect_stdout(sys.stderr):
-        images = np.load(job["images"], allow_pickle=False)
-        try:
-            make = CANDIDATES[name](job)
-        except (NotHereError, ImportError) as error:
-            say({"failed": str(error)})
-            return
-        say({"ready": {}})
-        predicts: dict[int, Predict] = {}
-        for line in sys.stdin:
-            asked = json.loads(line)
-            threads = asked["threads"]
-            predict = predicts.get(threads) or predicts.setdefault(threads, make(threads))
-            if "answers" in asked:
-                starts = range(0, len(images), BATCH)
-                rows = [predict(images[i : i + BATCH]).copy() for i in starts]
-                np.save(asked["answers"], np.concatenate(rows))
-                say({})
-            else:
-                batch = np.resize(images, (asked["batch"], *images.shape[1:]))
-                say(turn(predict, batch, asked["settle"], asked["calls"]))
+    images = np.load(job["images"], allow_pickle=False)
+    try:
+        make = CANDIDATES[name](job)
+    except (NotHereError, ImportError) as error:
+        say({"failed": str(error)})
+        return
+    say({"ready": {}})
+    predicts: dict[int, Predict] = {}
+    for line in sys.stdin:
+        asked = json.loads(line)
+        threads = asked["threads"]
+        predict = predicts.get(threads) or predicts.setdefault(threads, make(threads))
+        if "answers" in asked:
+            starts = range(0, len(images), BATCH)
+            rows = [predict(images[i : i + BATCH]).copy() for i in starts]
+            np.save(asked["answers"], np.concatenate(rows))
+            say({})
+        else:
+            batch = np.resize(images, (asked["batch"], *images.shape[1:]))
+            say(turn(predict, batch, asked["settle"], asked["calls"]))
 
 
 if __name__ == "__main__":
