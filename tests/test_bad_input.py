@@ -34,7 +34,7 @@ def recipe(folder: Path, **lines: str) -> Path:
     tables = {
         "data": 'source = "source"\ntarget = "target"',
         "input": "size = [32, 32]\nchannels = 1",
-        "model": 'architecture = "efficientnet_lite0"',
+        "model": 'architecture = "test_resnet"\nweights = "random"',
         "train": 'strategy = "feature-extraction"',
         "source": "epochs = 1",
         "train.head": "epochs = 5",
