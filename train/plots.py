@@ -219,7 +219,7 @@ def draw_curves(histories: Mapping[str, Sequence[Point]], *, metric: str) -> Fig
             _draw_scores(row[1], points, metric)
             _draw_parts(row[2], points)
         for panel in grid.flat:
-            panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+            panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         for panel in grid[-1]:
             panel.set_xlabel("epoch")
     return figure

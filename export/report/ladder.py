@@ -4,6 +4,7 @@ It words what training recorded.
 """
 
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 from markupsafe import Markup
@@ -38,15 +39,15 @@ def make(facts: Facts) -> Section:
     training, recipe = facts.training, facts.recipe
     steps = ladder_steps(training)
     kept = next(i for i, rung in enumerate(training.rungs) if rung.kept)
-    adapted = facts.release.field == "target"
-    lead = "Nothing was adapted: the recipe names no field images"
-    if adapted:
-        lead = plots.ladder_title(steps[0], steps[kept], training.metric)
+    lead = plots.ladder_title(steps[0], steps[kept], training.metric)
+    if kept == 0:
+        lead = f"“{steps[0].name}” stays: {steps[0].reason}"
     body = render(
         "ladder.html",
         training=training,
         recipe=recipe,
-        adapted=adapted,
+        domains=[Path(name).name for name in (recipe.data.source, recipe.data.target) if name],
+        adapted=facts.release.field == "target",
         rows=[_row(rung, training.metric) for rung in training.rungs],
         ladder=_draw_ladder(training),
         curves=_draw_curves(training),

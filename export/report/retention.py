@@ -25,7 +25,7 @@ def make(facts: Facts) -> Section | None:
     body = render(
         "retention.html",
         rests_on=similarity.rests_on(before),
-        tiles=tiles(before, shown[-1][1]),
+        tiles=tiles(before, shown[-1][1]) if shown[1:] else (),
         warnings=similarity.warnings(shown),
         columns=columns,
         rows=zip(rows, (line.meaning for line in similarity.LINES), strict=True),
@@ -34,7 +34,10 @@ def make(facts: Facts) -> Section | None:
         others=[w for w in similarity.warnings(models) if w not in similarity.warnings(shown)],
         rates=similarity.rate_rows(facts.dataset.classes, models),
     )
-    return Section("retention", "Retention and domain gap", _lead(*shown[-1]), body)
+    lead = "The source model ships as it is: nothing could be forgotten."
+    if shown[1:]:
+        lead = _lead(*shown[-1])
+    return Section("retention", "Retention and domain gap", lead, body)
 
 
 def measured(training: Training) -> list[Model]:
