@@ -311,7 +311,7 @@ def _shipping(form: str, one: FormReport | None, other: FormReport | None) -> Li
     better: Better = "A" if ships[0] else "B" if ships[1] else ""
     return Line(
         of=form, what=SHIPS, one=_fate(one), other=_fate(other), change="", better=better,
-        proven=bool(better), reason=f"elsewhere it {why}" if better else "in neither bundle",
+        proven=bool(better), reason=f"in the other it {why}" if better else "in neither bundle",
     )  # fmt: skip
 
 
