@@ -91,16 +91,13 @@ def measure(options: Options) -> Report:
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         material = gather(options, bundle, Path(name))
         made = candidates(material, Path(name), quick=options.quick)
-        started = {
-            shown: start(given, material, Path(name), stack) for shown, given in made.items()
-        }
-        unmade = {
-            shown: found.reason for shown, found in started.items() if isinstance(found, Unmade)
-        }
-        processes = {s: found.process for s, found in started.items() if isinstance(found, Started)}
-        answers = {s: found.answers for s, found in started.items() if isinstance(found, Started)}
+        ends = {shown: start(given, material, Path(name), stack) for shown, given in made.items()}
+        running = {shown: end for shown, end in ends.items() if isinstance(end, Started)}
+        processes = {shown: end.process for shown, end in running.items()}
         speeds = measure_speeds(processes, quick=options.quick)
     stages, stage_ms = _stages(options.bundle, 0.3 if options.quick else 5.0)
+    answers = {shown: end.answers for shown, end in running.items()}
+    unmade = {shown: end.reason for shown, end in ends.items() if isinstance(end, Unmade)}
     return report(bundle, material, answers, speeds, unmade, stages, stage_ms)
 
 
@@ -231,29 +228,24 @@ def measure_speeds(processes: Mapping[str, peers.Process], *, quick: bool) -> li
     found = []
     for threads in THREADS[:1] if quick else THREADS:
         for batch, (settle, calls) in CALLS.items():
-            first = {name: Times(cpu=[], wall=[]) for name in processes}
-
-            def turn(
-                name: str,
-                asked: Mapping[str, int],
-                first: Mapping[str, Times],
-            ) -> Seconds:
-                taken = processes[name].ask(**asked)
-                cpu, wall = taken["first"]
-                first[name].cpu.append(cpu)
-                first[name].wall.append(wall)
-                return Seconds(*taken["again"])
-
             asked = {"threads": threads, "batch": batch, "settle": settle, "calls": calls}
-            turns = {name: functools.partial(turn, name, asked, first) for name in processes}
-            for call in turns.values():  # compiles, allocates
-                call()
-            for times in first.values():
-                times.cpu.clear()
-                times.wall.clear()
+            for process in processes.values():
+                process.ask(**asked)  # compiles, allocates
+            first = {name: Times(cpu=[], wall=[]) for name in processes}
+            turns = {
+                name: functools.partial(_turn, process, asked, first[name])
+                for name, process in processes.items()
+            }
             again = take_turns(turns, seconds=1.0 if quick else 60.0, least=2 if quick else 5)
             found.append(Speeds(threads, batch, again, first))
     return found
+
+
+def _turn(process: peers.Process, asked: Mapping[str, int], first: Times) -> Seconds:
+    taken = process.ask(**asked)
+    for clock, seconds in zip((first.cpu, first.wall), taken["first"], strict=True):
+        clock.append(seconds)
+    return Seconds(*taken["again"])
 
 
 def report(
