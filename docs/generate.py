@@ -41,6 +41,7 @@ BEGIN = "<!-- begin generated: make docs -->"
 END = "<!-- end generated -->"
 COMMANDS = (
     ("train",), ("train", "degradations"), ("calibration",), ("export",), ("export", "gate"),
+    ("export", "report"), ("export", "compare"),
     ("export", "keys"), ("export", "publish"), ("export", "promote"), ("export", "rollback"),
     ("export", "refresh"),
     ("runtime",), ("runtime", "classify"), ("runtime", "watch"), ("runtime", "page"),

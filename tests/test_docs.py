@@ -432,19 +432,19 @@ def generate() -> ModuleType:
     return load(ROOT / "docs" / "generate.py")
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        "docs/recipe.md",
-        "docs/commands.md",
-        "docs/doctor.md",
-        "docs/degradations.md",
-        "docs/rooms.svg",
-        "README.md",
-    ],
-)
+MADE = (
+    "docs/recipe.md", "docs/commands.md", "docs/doctor.md", "docs/degradations.md",
+    "docs/rooms.svg", "README.md", "benchmarks/README.md", "benchmarks/results/README.md",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("page", MADE)
 def test_generated_pages_are_fresh(generate: ModuleType, page: str) -> None:
     assert (ROOT / page).read_text() == generate.PAGES[page](), "stale: run `make docs`"
+
+
+def test_no_page_is_made_unwatched(generate: ModuleType) -> None:
+    assert set(MADE) == set(generate.PAGES)
 
 
 def test_every_verb_has_its_help_on_the_page_of_commands() -> None:
