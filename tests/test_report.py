@@ -252,10 +252,28 @@ def test_a_model_that_was_not_adapted_is_compared_with_nothing(facts: Facts) -> 
     alone = facts._replace(training=msgspec.structs.replace(facts.training, rungs=rungs))
     assert "→" not in verdict.tiles(alone)[0].value
     assert "<svg" not in str(robustness.make(alone))
-    assert ladder.make(alone).lead == "“as is” stays: the source model."
+    assert ladder.make(alone).lead == f"“as is” stays: {first.reason}."
     section = retention.make(alone)
     assert section is not None
     assert section.lead == "The source model ships as it is: nothing could be forgotten."
+
+
+def test_an_adapted_model_is_shown_beside_the_source_model(facts: Facts) -> None:
+    last = [rung for rung in facts.training.rungs if rung.similarity][-1]
+    rungs = tuple(
+        msgspec.structs.replace(rung, kept=rung is last, passed=rung is last)
+        for rung in facts.training.rungs
+    )
+    adapted = facts._replace(training=msgspec.structs.replace(facts.training, rungs=rungs))
+    assert "→" in verdict.tiles(adapted)[0].value
+    assert ladder.make(adapted).lead.startswith(f"“{last.name}” is kept: field auc")
+    kept, swept = retention.make(adapted), robustness.make(adapted)
+    assert kept is not None
+    assert swept is not None
+    assert f'<th scope="col" class="number">{last.name}</th>' in kept.body
+    assert "<svg" in swept.body
+    assert last.similarity is not None
+    assert f"{last.similarity.mean_corruption_error:.2f} times" in swept.lead
 
 
 def test_what_an_earlier_export_calibrated_is_not_shown_for_a_release_without_int8(
