@@ -582,12 +582,5 @@ pixels, the order is this:
 A simulated target has one such photo per image, seeded by the image's content: the same in every
 run, whatever the recipe's seed. It is made at the image's own resolution and kept as PNG.
 
-## How to add one
-
-1. Write `_name(x, amount, dice)` in `train/degradations.py`: `x` is `[N, C, H, W]` in [0, 1]. Draw
-   random numbers from `dice` only, the same ones whatever the amount, and antialias edges.
-2. Add its `Degradation` with five growing severities to the list; sweep, contact sheet and this
-   page take it from there (`make docs`).
-3. Look at it (`python -m train degradations IMAGE`) and run `pytest tests/test_degradations.py`:
-   its tests go over the whole list.
+[Adding one](add-a-degradation.md) is a walk-through of its own.
 """
