@@ -55,6 +55,16 @@ def keep_priority(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "nice", lambda by: 0)
 
 
+def draw_nothing(patch: pytest.MonkeyPatch) -> None:
+    """Training writes no pictures and export no report: they take as long as what is tested."""
+    from export.report import contents
+    from train import plots
+
+    patch.setattr(contents, "write_report", lambda *_: None)
+    for name in ("write_ladder", "write_robustness", "write_curves"):
+        patch.setattr(plots, name, lambda *_, **__: None)
+
+
 def draw(class_index: int, number: int, size: int = 32) -> Image.Image:
     """A gray picture of stripes, finer for each further class, with phase and noise of its own."""
     random = np.random.default_rng([class_index, number])

@@ -20,7 +20,7 @@ from runtime.line.evidence_folder import Caps
 from runtime.line.health import Health
 from runtime.line.inspection import Inspector
 from runtime.sources.frame import Frame
-from tests.conftest import draw
+from tests.conftest import draw, draw_nothing
 from train.__main__ import main as train
 
 CLASSES = ("bad", "good")
@@ -79,7 +79,7 @@ def encoded(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-FRESH = range(5000, 5300)
+FRESH = range(5000, 5200)
 """Parts that nobody saw before."""
 
 
@@ -142,6 +142,7 @@ def test_drift_is_noticed_collected_and_trained_on_and_the_new_bundle_is_better_
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pipeline, "TIMED_SECONDS", 0.2)
+    draw_nothing(monkeypatch)
     for domain, numbers in (("source", range(160)), ("target", range(1000, 1200))):
         for number in numbers:
             folder = tmp_path / domain / CLASSES[number % 2]

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from runtime.recipe import Strategy, load_recipe
-from train import plots
+from tests.conftest import draw_nothing
 from train.__main__ import main as train
 from train.checkpoint import read_checkpoint
 from train.record import Rung, Training
@@ -89,10 +89,7 @@ def domains(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def climb(domains: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Climb:
-    """Run the command in ``tmp_path`` with these lines of ``[data]``; the record it leaves.
-
-    Pictures are drawn if asked for: they take as long as some rungs.
-    """
+    """Run the command in ``tmp_path`` with these lines of ``[data]``; the record it leaves."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "build").mkdir()
     (tmp_path / "build" / "cache").symlink_to(domains / "cache")
@@ -107,8 +104,8 @@ def climb(domains: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli
         text = text.replace(*change) if change[0] else text
         (tmp_path / f"{name}.toml").write_text(text)
         with monkeypatch.context() as patch:
-            for picture in () if drawn else ("write_ladder", "write_robustness", "write_curves"):
-                patch.setattr(plots, picture, lambda *_, **__: None)
+            if not drawn:
+                draw_nothing(patch)
             assert train([str(tmp_path / f"{name}.toml")]) == 0
         path = tmp_path / "build" / name / "train" / "training.json"
         return msgspec.json.decode(path.read_bytes(), type=Training)

@@ -26,6 +26,7 @@ from runtime.errors import ExportError
 from runtime.manifest import Quality
 from runtime.preprocess import preprocess_batch
 from runtime.recipe import GateSettings, load_recipe
+from tests.conftest import draw_nothing
 from train.__main__ import main as train
 from train.checkpoint import CheckpointFacts, read_checkpoint
 from train.model import ImageClassifier
@@ -36,8 +37,9 @@ QUICK = Path(__file__).resolve().parent.parent / "train" / "recipes" / "quick.to
 
 @pytest.fixture(autouse=True)
 def shortly_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test looks at speeds."""
+    """No test looks at speeds, nor at pictures of what it exports itself."""
     monkeypatch.setattr(pipeline, "TIMED_SECONDS", 0.2)
+    draw_nothing(monkeypatch)
 
 
 @pytest.fixture(scope="module")
