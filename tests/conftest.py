@@ -1,11 +1,12 @@
 """What many tests share: small labelled pictures, and two recipes that are trained once for all."""
 
 import contextlib
+import logging
 import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import hypothesis
@@ -53,6 +54,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def keep_priority(monkeypatch: pytest.MonkeyPatch) -> None:
     """A program that yields to all others would, called in here, slow every test after it."""
     monkeypatch.setattr(os, "nice", lambda by: 0)
+
+
+@pytest.fixture(autouse=True)
+def keep_log_levels() -> Iterator[None]:
+    """A program that silences a logger does so to its own end: here other tests go on."""
+    loggers = [logging.getLogger(name) for name in ("runtime.choose", "urllib3")]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 def draw_nothing(patch: pytest.MonkeyPatch) -> None:

@@ -243,9 +243,7 @@ def test_what_tensorrt_cannot_read_is_said_without_building(
     tmp_path: Path,
     trt: StandIn,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("runtime.choose"), "setLevel", lambda level: None)
     bundle = str(make_bundle(tmp_path, spoilt={"int8": with_a_strange_node}).path)
     assert fieldfit(["build", bundle, "--check"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"next: fieldfit build {bundle}"

@@ -519,7 +519,7 @@ def test_what_another_user_owns_is_refused(cache: PlanCache, part: str) -> None:
 # --- other processes
 
 SCRIPT = """
-import os, random, sys
+import os, random, sys, tempfile  # while nobody has become nobody, who may not look for modules
 from pathlib import Path
 from runtime.engines.plan_cache import Plan, PlanCache
 from runtime.private_files import Lock
