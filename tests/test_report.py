@@ -217,6 +217,9 @@ def test_a_release_of_which_nothing_was_written_says_so_first(
     first = page.run("document.querySelector('main > section').textContent")
     assert "Nothing ships. int8 and int8-cpu did not pass, so no bundle was written." in first
     assert "UNVERIFIED" in first
+    verdicts = "[...document.querySelectorAll('#verdict td:nth-child(2)')].map(c => c.textContent)"
+    assert page.run(verdicts) == ["reference", "passed", "passed", "refused", "refused"]
+    assert "smallest" not in first
     assert "no INT8 for TensorRT: int8 was refused: agreement 12.00% < 98.00%" in first
     assert "fieldfit verify" not in page.run("document.querySelector('#reproduce').textContent")
     assert page.problems == []

@@ -52,17 +52,20 @@ def tiles(facts: Facts) -> list[Tile]:
     before, after = rungs[0].scores.get(domain), kept.scores.get(domain)
     found = []
     if after is not None and after.accuracy is not None:
-        change = table.share(after.accuracy)
+        words = "accuracy in the field"
+        value = table.share(after.accuracy)
         if before is not None and kept is not rungs[0]:
-            change = f"{table.share(before.accuracy)} → {change}"
-        found.append(Tile(change, "accuracy in the field, source model → what ships"))
-    shipped = [report for report in release.forms if report.released]
-    smallest = min(shipped, key=lambda report: report.bytes)
-    found.append(Tile(f"{smallest.bytes / 1e6:.1f} MB", f"smallest form, {smallest.form}"))
-    fastest = max(shipped, key=_speed)
-    if _speed(fastest) > 1:
-        words = f"fp32's speed on one core, {fastest.form}"
-        found.append(Tile(f"{_speed(fastest):.2f}×", words))
+            value = f"{table.share(before.accuracy)} → {value}"
+            words += ", source model → adapted"
+        found.append(Tile(value, words))
+    shipped = [report for report in release.forms if report.released and facts.manifest]
+    if shipped:
+        smallest = min(shipped, key=lambda report: report.bytes)
+        found.append(Tile(f"{smallest.bytes / 1e6:.1f} MB", f"smallest form, {smallest.form}"))
+        fastest = max(shipped, key=_speed)
+        if _speed(fastest) > 1:
+            words = f"fp32's speed on one core, {fastest.form}"
+            found.append(Tile(f"{_speed(fastest):.2f}×", words))
     found.append(Tile(str(release.reference.samples), "held-out field images judged it"))
     return found
 
