@@ -77,7 +77,8 @@ def measure(options: Options) -> Report:
             calls = {
                 name: functools.partial(_start, call, peaks[name]) for name, call in made.items()
             }
-            times = device.starts(calls, 0.0 if options.quick else 120.0, least=3)
+            quick = options.quick
+            times = device.starts(calls, 0.0 if quick else 120.0, least=1 if quick else 10)
     return report(times, peaks, missing)
 
 
