@@ -89,7 +89,10 @@ def domains(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def climb(domains: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Climb:
-    """Run the command in ``tmp_path`` with these lines of ``[data]``; the record it leaves."""
+    """Run the command in ``tmp_path`` with these lines of ``[data]``; the record it leaves.
+
+    With 140 images of each domain; where it is asked whether something is proven, with all.
+    """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "build").mkdir()
     (tmp_path / "build" / "cache").symlink_to(domains / "cache")
@@ -97,9 +100,11 @@ def climb(domains: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli
     def run(
         data: str, strategy: str = "auto", *, name: str = "t", has_source: bool = True,
         source: str = "", change: tuple[str, str] = ("", ""), drawn: bool = False,
+        limit: int = 140,
     ) -> Training:  # fmt: skip
         if has_source:
             data = f'source = "{domains / "source"}"\n{data}'
+        data = f"{data}\nlimit = {limit}"
         text = RECIPE.format(name=name, data=data, strategy=strategy, source=source)
         text = text.replace(*change) if change[0] else text
         (tmp_path / f"{name}.toml").write_text(text)
@@ -134,7 +139,7 @@ def listed(folder: Path, target: Path, labels: str) -> str:
 def test_a_real_shift_is_adapted_to_and_the_record_says_how(
     domains: Path, tmp_path: Path, climb: Climb
 ) -> None:
-    training = climb(f'target = "{domains / "field"}"', drawn=True)
+    training = climb(f'target = "{domains / "field"}"', drawn=True, limit=0)
     folder = tmp_path / "build" / "t" / "train"
     first, kept = training.rungs[0], next(rung for rung in training.rungs if rung.kept)
     assert first.name == "as is"
@@ -167,7 +172,7 @@ def test_the_checkpoint_answers_at_the_threshold_that_was_judged(
     from train.device import Device
     from train.material import Material
 
-    training = climb(f'target = "{domains / "field"}"', "feature-extraction")
+    training = climb(f'target = "{domains / "field"}"', "feature-extraction", limit=0)
     folder = tmp_path / "build" / "t" / "train"
     model, _ = read_checkpoint(folder / "checkpoint.safetensors")
     dataset = read_dataset(folder / "images.json")
@@ -186,7 +191,7 @@ def test_the_checkpoint_answers_at_the_threshold_that_was_judged(
 def test_a_target_that_is_the_source_needs_no_rung(
     domains: Path, climb: Climb, strategy: Strategy
 ) -> None:
-    training = climb(f'target = "{domains / "source"}"', strategy)
+    training = climb(f'target = "{domains / "source"}"', strategy, limit=0)
     assert training.rung == "as is"
     tried = [rung for rung in training.rungs if rung.rung]
     assert tried, "the rung was tried"
@@ -194,7 +199,7 @@ def test_a_target_that_is_the_source_needs_no_rung(
 
 
 def test_a_target_that_is_the_source_ends_the_ladder_at_once(domains: Path, climb: Climb) -> None:
-    training = climb(f'target = "{domains / "source"}"')
+    training = climb(f'target = "{domains / "source"}"', limit=0)
     assert [rung.name for rung in training.rungs] == ["as is"]
     assert "within 0.03 of the source's" in training.ended
     assert training.reason == "adaptation was not needed"
@@ -206,7 +211,7 @@ def test_a_target_that_is_the_source_ends_the_ladder_at_once(domains: Path, clim
 def test_labels_that_say_nothing_move_nothing(
     domains: Path, tmp_path: Path, climb: Climb, strategy: str
 ) -> None:
-    training = climb(listed(tmp_path, domains / "field", "shuffled"), strategy)
+    training = climb(listed(tmp_path, domains / "field", "shuffled"), strategy, limit=0)
     tried = [rung for rung in training.rungs if rung.name != "as is"]
     assert tried
     assert not any(rung.passed for rung in tried), [(r.name, r.reason) for r in tried if r.passed]
@@ -342,7 +347,7 @@ def record(folder: Path) -> Training:
 
 @pytest.mark.slow
 def test_two_processes_climb_as_one(domains: Path, tmp_path: Path, climb: Climb) -> None:
-    alone = climb(f'target = "{domains / "field"}"\nlimit = 140', "fine-tuning")
+    alone = climb(f'target = "{domains / "field"}"', "fine-tuning")
     together = tmp_path / "together"
     (together / "build").mkdir(parents=True)
     shutil.copy(tmp_path / "t.toml", together)
@@ -366,7 +371,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been(
     domains: Path, tmp_path: Path, climb: Climb
 ) -> None:
     """kill -9 after the fine-tuned network was finished, while the adversarial rung trains."""
-    data = f'target = "{domains / "field"}"\nlimit = 140'
+    data = f'target = "{domains / "field"}"'
     longer = "[train.adversarial]\nepochs = 2", "[train.adversarial]\nepochs = 3\npatience = 0"
     gap = "[train.similarity]", "[train.gate]\nstop_gap = 0.0\n[train.similarity]"
     # The field stays below the source: the ladder goes up to the last rung.
