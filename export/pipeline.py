@@ -292,9 +292,15 @@ class _Job:
         ]
         with console.console.status("timing fp32 against int8-cpu"):
             timings = interleave(engines, np.asarray(self.test.images[:1]), seconds=TIMED_SECONDS)
-        speeds = {timing.form: timing.relative_speed for timing in timings}
+        timed = {timing.form: timing for timing in timings}
         self.reports = [
-            msgspec.structs.replace(report, relative_speed=speeds.get(report.form))
+            msgspec.structs.replace(
+                report,
+                relative_speed=timed[report.form].relative_speed,
+                cpu_ms=timed[report.form].wall_ms,
+            )
+            if report.form in timed
+            else report
             for report in self.reports
         ]
 

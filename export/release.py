@@ -52,6 +52,8 @@ class FormReport(msgspec.Struct, frozen=True, kw_only=True):
     relative_speed: float | None = None
     """Against fp32 on onnxruntime CPU, one thread, batch 1, interleaved CPU time. A form below 1
     is not chosen on processors of this architecture."""
+    cpu_ms: dict[str, float] = {}
+    """p50, p90, p99 and max of one call there, in milliseconds of wall time."""
 
 
 class ReferenceReport(msgspec.Struct, frozen=True, kw_only=True):

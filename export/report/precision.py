@@ -33,6 +33,8 @@ class Row(NamedTuple):
     """Of the size of fp32."""
     speed: float | None
     """Against fp32."""
+    cpu_ms: float | None
+    """Median of one call."""
     engine: str
     """How many of its convolutions have its precision; milliseconds where a GPU ran it."""
 
@@ -88,6 +90,7 @@ def rows(release: Release) -> tuple[Row, ...]:
             bytes=report.bytes,
             share=report.bytes / whole,
             speed=report.relative_speed,
+            cpu_ms=report.cpu_ms.get("p50"),
             engine=report.engine.summary if report.engine else "",
         )
         for report in release.forms
