@@ -13,6 +13,7 @@ import ctypes
 import enum
 import functools
 import hashlib
+import itertools
 import json
 import shutil
 import subprocess
@@ -132,6 +133,7 @@ class StandIn(types.ModuleType):
         self.timed = 0
         """Builds that found nothing in their timing cache."""
         self.runs: dict[int, Callable[[], None]] = {}
+        self._numbers = itertools.count()
         self.launch = _Launch(self._launched)
         self.host_code_allowed = False
         self._define()
@@ -188,7 +190,7 @@ class StandIn(types.ModuleType):
     def queue(self, stream: int, run: Callable[[], None]) -> bool:
         """Let ``run`` happen on the device when ``stream`` gets there."""
         cuda = cudart.load()._library
-        number = id(run)
+        number = next(self._numbers)  # of two threads' runs, too
         captured = bool(cuda.fakeCapturing(ctypes.c_void_p(stream)))
         if captured and self.empty_capture:
             self.say("enqueueV3: Error Code 1: Myelin (signal failed)")
