@@ -20,16 +20,13 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.harness import Options, Report, Spread, Table, ratio, spread
+from benchmarks.harness import Options, Report, Spread, Table, at_most, ratio, spread
 from runtime.bundle import Bundle
 from runtime.errors import DataError
 from runtime.preprocess import InputSpec, preprocess
 from runtime.recipe import CalibrationSettings
 
 UInt8 = npt.NDArray[np.uint8]
-
-LONG = True
-"""Runs only when it is named."""
 
 SIDE = 224
 IMAGES, FEW, MANY = 512, 64, 1024
@@ -221,7 +218,14 @@ def report(
         ],
         "peaks_mb": growth,
     }
-    return Report(title="Calibration", tables=(cost_table, growth_table), figures=figures)
+    bars = (
+        at_most(f"calibration of {IMAGES} images, CPU time against {PEER}", times, TIME_BAR),
+        at_most(f"calibration of {IMAGES} images, peak memory", peak, MEMORY_BAR, " MB"),
+        at_most(f"peak memory of {MANY:,} images against {FEW}", grown, GROWTH_BAR),
+    )
+    return Report(
+        title="Calibration", tables=(cost_table, growth_table), figures=figures, bars=bars
+    )
 
 
 def _cpu(costs: Sequence[Cost], *, scale: float = 1.0) -> Spread:

@@ -21,7 +21,18 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from benchmarks.harness import Options, Report, Spread, Table, interleave, ratio, spread
+from benchmarks import peers
+from benchmarks.harness import (
+    Bar,
+    Options,
+    Report,
+    Spread,
+    Table,
+    at_least,
+    interleave,
+    ratio,
+    spread,
+)
 from runtime import Bundle
 from runtime.engines.engine import logits_of
 from runtime.engines.onnxruntime_engine import OnnxRuntimeEngine
@@ -29,8 +40,6 @@ from runtime.errors import DataError
 from runtime.manifest import Manifest
 from runtime.metrics import agreement, sqnr_db
 from runtime.preprocess import preprocess, preprocess_batch
-
-LONG = True
 
 SCRIPT = Path(__file__).with_name("peer_predict.py")
 FILES = 64
@@ -80,13 +89,9 @@ def _pin() -> None:
 
 def measure(options: Options) -> Report:
     """Turns of 64 files each."""
-    python = os.environ.get("FIELDFIT_PEERS", "build/peers/bin/python")
-    if not Path(python).exists():
-        raise DataError(
-            f"expected Ultralytics' environment, got no {python}; make it with `python -m venv "
-            "build/peers && build/peers/bin/pip install ultralytics onnxruntime`, or name its "
-            "Python in $FIELDFIT_PEERS"
-        )
+    python = peers.python_with("ultralytics")
+    if python is None:
+        raise DataError("expected Ultralytics beside fieldfit, got none; run: make bench-peers")
     bundle = Bundle.open(options.bundle)
     with tempfile.TemporaryDirectory() as folder:
         files = _files()
@@ -171,7 +176,7 @@ def _take_turns(candidates: dict[str, Candidate], how: str, rounds: int) -> Turn
 
 
 def _report(turns: dict[str, Turns], manifest: Manifest) -> Report:
-    rows, figures = [], dict[str, Any]()
+    rows, figures, bars = [], dict[str, Any](), list[Bar]()
     for how, by_name in turns.items():
         wall = {name: [turn["wall"] for turn in taken] for name, taken in by_name.items()}
         cpu = {name: [turn["cpu"] for turn in taken] for name, taken in by_name.items()}
@@ -192,6 +197,9 @@ def _report(turns: dict[str, Turns], manifest: Manifest) -> Report:
                 "images_per_second": per_second, "times_faster": faster, "same_answers": same,
                 "asked": ASKED[how],
             }  # fmt: skip
+            if name == "fieldfit":
+                what = f"PNG file to verdict against Ultralytics, {_WORDS[how]}, wall"
+                bars.append(at_least(what, faster["wall"], ASKED[how], " times"))
     size = "x".join(map(str, manifest.input.size))
     return Report(
         title="From a file to a verdict",
@@ -210,6 +218,7 @@ def _report(turns: dict[str, Turns], manifest: Manifest) -> Report:
             ),
         ),
         figures=figures,
+        bars=tuple(bars),
     )  # fmt: skip
 
 

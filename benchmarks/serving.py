@@ -28,7 +28,16 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from benchmarks.harness import Options, Report, Spread, Table, interleave, spread
+from benchmarks.harness import (
+    Options,
+    Report,
+    Spread,
+    Table,
+    at_least,
+    at_most,
+    interleave,
+    spread,
+)
 from runtime.bundle import Bundle
 from runtime.classifier import Classifier
 from runtime.serving.gate import MIB
@@ -54,6 +63,11 @@ MOST_UNDER_WAY = 900
 BATCHES = 1, 4, 16
 PICTURE = 300
 """Pixels of a side."""
+
+MEMORY_BAR, SLOWEST_BAR = 256.0, 1.0
+"""MiB over the base, seconds."""
+GOODPUT_BAR, CAMERA_BAR = 70.0, 20.0
+"""Per cent of the peak, and of what p99 is alone."""
 
 
 def measure(options: Options) -> Report:
@@ -429,8 +443,27 @@ def _batches(path: Path, seconds: float) -> dict[int, Spread]:
 def _report(
     fuzz: Fuzz, heavy: dict[int, Fuzz], rounds: Sequence[Round], batches: dict[int, Spread]
 ) -> Report:
+    everything = [fuzz, *heavy.values()]
+    alone = [time for one in rounds for time in one.quiet]
+    flooded = [time for one in rounds for time in one.flooded]
+    growth = 100 * (_percentile(flooded, 99) / _percentile(alone, 99) - 1)
+    bars = (
+        at_most("HTTP, fuzzed and heavy: services that died",
+                sum(not f.alive for f in everything), 0),
+        at_most("HTTP, fuzzed and heavy: answers of 500",
+                sum(f.statuses.get("500", 0) for f in everything), 0),
+        at_most("HTTP, fuzzed and heavy: memory over base",
+                max(f.peak - f.base for f in everything) / MIB, MEMORY_BAR, " MiB"),
+        at_most("HTTP, fuzzed: slowest answer", fuzz.slowest_s, SLOWEST_BAR, " s"),
+        at_most("HTTP, heavy, one at a time: slowest answer", heavy[1].slowest_s, SLOWEST_BAR,
+                " s"),
+        at_least(f"HTTP flood of {OVERLOAD} times the peak: goodput",
+                 spread(100 * r.flood.goodput / r.peak.goodput for r in rounds), GOODPUT_BAR, " %"),
+        at_most("camera beside that flood: growth of p99", growth, CAMERA_BAR, " %"),
+    )  # fmt: skip
     return Report(
         title="A service that clients ask for anything, and for far too much",
+        bars=bars,
         tables=(
             _anything(fuzz, heavy),
             _goodput(rounds),

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from benchmarks.harness import Options, Report, Table
+from benchmarks.harness import Options, Report, Table, at_most
 from runtime.bundle import Bundle
 from runtime.errors import DataError
 
@@ -32,6 +32,9 @@ LONG = True
 MINUTES, QUICK_MINUTES = 10, 0.25
 PER_SECOND = 10.0
 DAMAGED_EVERY = 50
+GROWTH_BAR, TAIL_BAR = 1.0, 3.0
+"""MB an hour; p99 over p50 of an inspection."""
+
 WARM_UP = 0.2
 """Share of the run before its memory counts: caches fill."""
 
@@ -104,7 +107,12 @@ def report(outcome: Outcome, minutes: float) -> Report:
         "end_to_end_ms": dict(zip(("p50", "p99"), whole, strict=True)),
         "exit_code": outcome.exit_code,
     }  # fmt: skip
-    return Report(title="Soak", tables=(table,), figures=figures)
+    bars = (
+        at_most(f"soak of {minutes:g} minutes, wrong or missing verdicts", len(wrong), 0),
+        at_most(f"soak of {minutes:g} minutes, growth of memory", slope, GROWTH_BAR, " MB/h"),
+        at_most("soak, inspection p99 / p50", inspection[1] / inspection[0], TAIL_BAR),
+    )
+    return Report(title="Soak", tables=(table,), figures=figures, bars=bars)
 
 
 def _tenths(memory: Sequence[Sample]) -> list[Sample]:
