@@ -1,8 +1,11 @@
 /* A CUDA runtime library whose device memory is the host's: it proves that our calls carry whole
  * pointers and sizes, in the right order. What is queued runs when somebody waits for it, so an
  * answer that is read too early is a wrong one. Its own answers come from the environment. */
+#define _GNU_SOURCE
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 typedef struct {
     void *to;
@@ -14,10 +17,14 @@ typedef struct {
 typedef struct { Work *items; int count, room; } List;
 
 static int last = 0, live = 0, launches = 0, copies = 0;
-static List queue, graph;
-static void *capturing = NULL; /* the stream */
-static int spoiled = 0;        /* a capture in which something was called that cannot be captured */
+static List queue;
 static __thread int current = 0;
+/* Of cudaStreamCaptureModeThreadLocal: what other threads do meanwhile spoils no capture. */
+static __thread List graph;
+static __thread void *capturing = NULL; /* the stream */
+static __thread int spoiled = 0; /* a capture in which something was called that cannot be captured */
+/* Work is run once, by whichever thread waits first; what it calls may wait again. */
+static pthread_mutex_t lock = PTHREAD_RECURSIVE_MUTEX_INITIALIZER_NP;
 
 static int answer(int code) { if (code) last = code; return code; }
 static int setting(const char *name, int otherwise) {
@@ -34,17 +41,21 @@ static void append(List *list, Work work) {
 }
 static int flush(void) {
     if (capturing) { spoiled = 1; return answer(900); }
+    pthread_mutex_lock(&lock);
     for (int i = 0; i < queue.count; i++) {
         Work work = queue.items[i];
         if (work.run) work.run(work.argument);
         else memcpy(work.to, work.from, work.size);
     }
     queue.count = 0;
+    pthread_mutex_unlock(&lock);
     return answer(setting("FAKE_CUDA_KERNEL_ERROR", 0));
 }
 static int enqueue(void *stream, Work work) {
     if (!stream) return answer(400);
+    pthread_mutex_lock(&lock);
     append(stream == capturing ? &graph : &queue, work);
+    pthread_mutex_unlock(&lock);
     return 0;
 }
 
@@ -71,20 +82,23 @@ int cudaMemGetInfo(size_t *free_bytes, size_t *total) {
 int cudaRuntimeGetVersion(int *version) { *version = 12060; return 0; }
 int cudaDriverGetVersion(int *version) { *version = 13020; return 0; }
 
-#define HEAD 64 /* bytes before each allocation, which keep its flags */
+#define HEAD 64 /* bytes before each allocation */
+typedef struct { unsigned flags; size_t size; } Head;
 static int take(void **pointer, size_t size, unsigned flags) {
     if (capturing) { spoiled = 1; return answer(900); }
     if (size > (size_t)1 << 30 || live >= setting("FAKE_CUDA_ROOM", 1 << 30)) return answer(2);
-    char *whole = malloc(HEAD + size);
+    /* Mapped, not from the heap: its addresses need more than 32 bits in any program. */
+    char *whole = mmap(NULL, HEAD + size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     memset(whole, 0xAA, HEAD + size);
-    *(unsigned *)whole = flags;
+    *(Head *)whole = (Head){flags, size};
     *pointer = whole + HEAD;
     live++;
     return 0;
 }
 static int give(void *pointer) {
     flush();
-    free((char *)pointer - HEAD);
+    Head *head = (Head *)((char *)pointer - HEAD);
+    munmap(head, HEAD + head->size);
     live--;
     return 0;
 }
@@ -96,7 +110,7 @@ int cudaHostAlloc(void **pointer, size_t size, unsigned flags) {
 int cudaFreeHost(void *pointer) { return give(pointer); }
 int cudaHostGetDevicePointer(void **device, void *host, unsigned flags) {
     *device = host;
-    return answer(*(unsigned *)((char *)host - HEAD) == 2 && flags == 0 ? 0 : 1);
+    return answer(((Head *)((char *)host - HEAD))->flags == 2 && flags == 0 ? 0 : 1);
 }
 int cudaMemcpyAsync(void *to, const void *from, size_t size, int kind, void *stream) {
     if (kind != 1 && kind != 2) return answer(21);
