@@ -37,7 +37,9 @@ FORWARD = {OURS: (1, 1.0), TWO: (2, 1.0), THREE: (3, 1.5), TUTORIAL: (4, 2.0), L
 
 BAR = 0.6
 NEEDS = "pytorch_adapt", "pytorch_metric_learning", "torchmetrics"
-INSTALL = "pip install --no-deps pytorch-adapt pytorch-metric-learning torchmetrics torchvision"
+INSTALL = (
+    "pip install --no-deps pytorch-adapt pytorch-metric-learning torchmetrics lightning-utilities"
+)
 
 
 class Form(NamedTuple):
