@@ -17,7 +17,10 @@ OUT = Path(__file__).parent
 
 def main() -> None:
     """Take two pictures of a browser, for those who like it light and for those who do not."""
-    with tempfile.TemporaryDirectory() as folder, browser(Path(folder)) as chrome:
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        browser(Path(folder)) as chrome,
+    ):
         for name, dark in (("report.png", False), ("report-dark.png", True)):
             chrome.resize(1100, 620, dark=dark)
             chrome.open(REPORT.resolve().as_uri())
