@@ -18,7 +18,7 @@ from calibration.images import Choice, Chosen
 from runtime import atomic
 from runtime.dataset import SetAside
 from runtime.errors import DataError
-from runtime.preprocess import InputSpec, preprocess
+from runtime.preprocess import InputSpec, UInt8, preprocess
 
 SIDE = 144
 """Of a thumbnail, in pixels: sharp at the size of a thumb, and 1,000 of them are some 5 MB."""
@@ -35,9 +35,13 @@ def thumbnail(path: Path, spec: InputSpec) -> bytes:
 
     Raises DataError if it cannot be read.
     """
-    levels = preprocess(path, spec)
-    picture = Image.fromarray(levels[:, :, 0] if spec.channels == 1 else levels)
-    picture.thumbnail((SIDE, SIDE), Image.Resampling.BOX)
+    return encode_thumbnail(preprocess(path, spec))
+
+
+def encode_thumbnail(levels: UInt8, side: int = SIDE) -> bytes:
+    """A JPEG of at most ``side`` pixels a side of an image ``[H, W, C]``, gray or RGB."""
+    picture = Image.fromarray(levels[:, :, 0] if levels.shape[2] == 1 else levels)
+    picture.thumbnail((side, side), Image.Resampling.BOX)
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=80)
     return file.getvalue()

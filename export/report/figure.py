@@ -11,9 +11,9 @@ import re
 import matplotlib as mpl
 from markupsafe import Markup, escape
 from matplotlib.figure import Figure
-from PIL import Image
 
-from runtime.preprocess import ImageLike, decode
+from calibration.gallery import encode_thumbnail
+from runtime.preprocess import UInt8
 from train import plots
 
 SIDE = 160
@@ -55,16 +55,9 @@ def svg(figure: Figure, alt: str) -> Markup:
     return Markup('<div class="drawing">{}</div>').format(Markup(head + drawing[5:]))
 
 
-def photo(image: ImageLike, alt: str, *, side: int = SIDE) -> Markup:
-    """``image`` as it is, at most ``side`` pixels a side, inline.
-
-    Raises DataError if it cannot be read.
-    """
-    picture = decode(image)
-    picture.thumbnail((side, side), Image.Resampling.BOX)
-    file = io.BytesIO()
-    picture.save(file, "JPEG", quality=80)
-    data = base64.b64encode(file.getvalue()).decode()
+def photo(levels: UInt8, alt: str) -> Markup:
+    """An image ``[H, W, C]`` as the model sees it, at most SIDE pixels a side, inline."""
+    data = base64.b64encode(encode_thumbnail(levels, SIDE)).decode()
     return Markup('<img decoding="async" alt="{}" src="data:image/jpeg;base64,{}">').format(
         alt, data
     )
